@@ -1,0 +1,45 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= 1
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+.PHONY: help install demo test test-slow check lint types format bench clean
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+install: $(STAMP)  ## make .venv with everything needed
+
+demo: $(STAMP)  ## train a discrete VAE on digits; writes out/vae.svg and out/vae.html
+	$(BIN)/python examples/discrete_vae.py
+
+test: $(STAMP)  ## the quick tests, two processes
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(STAMP)  ## every test
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy --strict
+	$(BIN)/mypy
+
+check: lint types test  ## all that CI runs
+
+format: $(STAMP)  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## paired timings against hand-written PyTorch
+	$(BIN)/python -m benchmarks.run
+
+clean:  ## remove build products, not the environment
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

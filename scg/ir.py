@@ -1,0 +1,486 @@
+"""The stochastic-graph IR: a few frozen node kinds that refer to each other by unique name.
+
+One node a line, shapes as ``[sample | batch | event]``::
+
+    graph vae(x) {
+      %x    = input  f32[128, 784]           x
+      %l    = op     f32[128, 10]            linear(%x, %enc.weight)                # vae.py:12
+      %d    = dist                           Bernoulli(logits=%l)                   # vae.py:13
+      %z    = sample f32[K | 128, 10 | ]     %d estimator=score_function credits=nll # vae.py:14
+    }
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import networkx
+
+    from scg.template import Template
+
+
+class Ref(str):
+    """The name of another node, as a data edge; a plain ``str`` in arguments is a constant."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"%{self}"
+
+
+_DTYPES = {
+    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
+    torch.uint8: "u8", torch.bool: "bool", torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """dtype and shape of one draw; ``sample`` names the sample dims that stand in front of it at run time."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    event_ndim: int = 0
+    """How many trailing dims of ``shape`` are event dims (non-zero for samples only)."""
+    sample: tuple[str, ...] = ()
+    """Names of the leading sample dims, filled in when estimators are inserted."""
+    device: torch.device = torch.device("cpu")
+
+    def __str__(self) -> str:
+        dtype = _DTYPES.get(self.dtype, str(self.dtype).removeprefix("torch."))
+        split = len(self.shape) - self.event_ndim
+        parts = [", ".join(map(str, self.shape[:split]))]
+        if self.sample:
+            parts.insert(0, ", ".join(self.sample))
+        if self.event_ndim:
+            parts.append(", ".join(map(str, self.shape[split:])))
+        where = "" if self.device.type == "cpu" else f"@{self.device}"
+        return f"{dtype}[{' | '.join(parts)}]{where}"
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+Type = TensorType | tuple["Type", ...] | type[int] | type[float] | type[bool] | None
+"""A tensor, several outputs, a number that is computed from shapes, or nothing (a distribution)."""
+
+
+def map_refs(fn: Callable[[Ref], Any], tree: Any) -> Any:
+    """``tree`` (nested tuples, lists, dicts, slices) with every `Ref` replaced by ``fn(ref)``."""
+    if isinstance(tree, Ref):
+        return fn(tree)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_refs(fn, item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: map_refs(fn, item) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(map_refs(fn, tree.start), map_refs(fn, tree.stop), map_refs(fn, tree.step))
+    return tree
+
+
+def refs_in(tree: Any) -> tuple[Ref, ...]:
+    """Every `Ref` in ``tree``, in order, repeats kept."""
+    found: list[Ref] = []
+    map_refs(lambda ref: found.append(ref), tree)
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What every kind of node has. Data edges are the `Ref`s in the fields listed by ``_edges``."""
+
+    name: str
+    """Unique in its graph and never changed: passes, users and pictures refer to it."""
+    type: Type = None
+    loc: str = ""
+    """The user's line, ``model.py:14``."""
+    scope: str = ""
+    """Path of the user's module that computed it, ``enc.0``."""
+
+    _edges = ()
+    kind = "node"
+
+    @cached_property
+    def inputs(self) -> tuple[Ref, ...]:
+        """Names of the nodes this one reads, in order."""
+        return refs_in(tuple(getattr(self, name) for name in self._edges))
+
+    def rewire(self, fn: Callable[[Ref], Ref]) -> Node:
+        """The same node reading ``fn(ref)`` wherever it read ``ref``."""
+        changes = {name: map_refs(fn, getattr(self, name)) for name in self._edges}
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def tensor(self) -> TensorType:
+        """The type, for nodes known to hold one tensor."""
+        assert isinstance(self.type, TensorType), f"%{self.name} holds {self.type}, not one tensor"
+        return self.type
+
+    def describe(self) -> str:
+        """What stands to the right of the type in the text form."""
+        return ""
+
+    def __str__(self) -> str:
+        where = f"  # {self.loc}" if self.loc else ""
+        return f"%{self.name} = {self.kind} {_type_text(self.type)}{self.describe()}{where}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input(Node):
+    """A tensor argument of the call."""
+
+    path: str
+    """Where the argument stands: ``x``, ``batch.images``."""
+    position: int
+    """Its index among the tensor leaves of the flattened ``(args, kwargs)``."""
+    requires_grad: bool = False
+
+    kind = "input"
+
+    def describe(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Param(Node):
+    """A tensor that lives outside the graph: a parameter, a buffer, or a captured constant."""
+
+    path: str
+    """Key of `Graph.tensors`, the user's own name for it: ``enc.0.weight``."""
+    role: Literal["parameter", "buffer", "constant"] = "parameter"
+    requires_grad: bool = False
+
+    kind = "param"
+
+    def describe(self) -> str:
+        return f"{self.role} {self.path}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op(Node):
+    """A deterministic operation or exogenous noise: an ATen overload, or another callable taken whole."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    _edges = ("args", "kwargs")
+    kind = "op"
+
+    @property
+    def op_name(self) -> str:
+        """``add.Tensor`` of ``aten.add.Tensor``; of another callable, its qualified name."""
+        name = getattr(self.target, "_name", None)
+        if isinstance(name, str):
+            return name.removeprefix("aten::").removesuffix(".default")
+        return getattr(self.target, "__qualname__", None) or repr(self.target)
+
+    def describe(self) -> str:
+        return f"{self.op_name}({_arguments(self.args, self.kwargs)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dist(Node):
+    """A distribution object: a template (class and constants) and its tensor parameters."""
+
+    template: Template
+    params: tuple[Ref, ...] = ()
+    """One a slot of the template, in the template's order."""
+
+    _edges = ("params",)
+    kind = "dist"
+
+    def describe(self) -> str:
+        named = zip(self.template.names, self.params, strict=True)
+        return f"{self.template.family}({', '.join(f'{n}={r!r}' for n, r in named)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Node):
+    """A stochastic node; its name is the site's name."""
+
+    dist: Ref
+    method: Literal["sample", "rsample"] = "sample"
+    """How the user drew it: this fixes which derivative is meant (of the expectation, or pathwise)."""
+    sample_shape: tuple[int, ...] = ()
+    """Leading i.i.d. batch dims of the user's own ``q.sample((n,))``; part of ``type.shape``."""
+    value: Ref | None = None
+    """Of a replayed site: the outcome to use instead of a draw."""
+    data: bool = False
+    """Drawn under ``no_grad``: its draw is data, influence still passes through its parameters."""
+    requested: Any = None
+    """The estimator given to `scg.sample`, a name or an object."""
+    estimator: Any = None
+    """The estimator object in force, set by the insertion pass."""
+    reason: str = ""
+    """Why that estimator."""
+    credits: tuple[str, ...] = ()
+    """Labels of the costs credited: plain names, not data edges."""
+
+    _edges = ("dist", "value")
+    kind = "sample"
+
+    def describe(self) -> str:
+        parts = [f"{self.dist!r}"]
+        if self.value is not None:
+            parts.append(f"value={self.value!r}")
+        if self.method == "rsample":
+            parts.append("rsample")
+        if self.data:
+            parts.append("data")
+        if self.estimator is not None:
+            parts.append(f"estimator={self.estimator.name}")
+        if self.credits:
+            parts.append(f"credits={','.join(self.credits)}")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogProb(Node):
+    """Log density or mass of ``value`` under ``dist``; event dims summed."""
+
+    dist: Ref
+    value: Ref
+
+    _edges = ("dist", "value")
+    kind = "logprob"
+
+    def describe(self) -> str:
+        return f"{self.dist!r}.log_prob({self.value!r})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opaque(Node):
+    """A Python function the compiler must not look into; not differentiable."""
+
+    fn: Callable[..., Any]
+    """The user's plain function."""
+    args: tuple[Any, ...] = ()
+    batch_dims: int = 0
+    """Leading dims of the arguments and results that are independent of each other."""
+    pure: bool = True
+    """False: a stateful environment, called in program order, once a call, never dropped or rerun."""
+    shape: Callable[..., Any] | tuple[Callable[..., Any], ...] | None = None
+    dtype: Any = None
+
+    _edges = ("args",)
+    kind = "opaque"
+
+    def describe(self) -> str:
+        return f"{self.fn.__qualname__}({_arguments(self.args, {})})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(Node):
+    """A term of the objective: the identity on ``value``."""
+
+    value: Ref
+    label: str
+    """The user's name for it, else the node's own."""
+    declared: bool = False
+    """Named by the user with `scg.cost`."""
+
+    _edges = ("value",)
+    kind = "cost"
+
+    def describe(self) -> str:
+        return f"{self.value!r} {self.label}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depends(Node):
+    """The identity on ``value`` that declares an influence of a site the graph cannot see."""
+
+    value: Ref
+    on: Ref
+    dims: tuple[str, ...] = ()
+    """One word (tied, causal, mixed) a leading dim shared by ``value`` and the site; the rest are mixed."""
+
+    _edges = ("value", "on")
+    kind = "depends"
+
+    def describe(self) -> str:
+        return f"{self.value!r} on {self.on!r} dims=({','.join(self.dims)})"
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a person asks of a site: see `Graph.sites`."""
+
+    name: str
+    distribution: str
+    """Class name of the distribution; of ``Independent``, its base's."""
+    shape: tuple[int, ...]
+    """Shape of one draw, no sample dims."""
+    estimator: str | None
+    credits: tuple[str, ...]
+    """Names of the costs credited."""
+    loc: str
+    reason: str = ""
+    sample_dims: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in topological (and program) order, and what the call returns."""
+
+    name: str
+    nodes: Mapping[str, Node]
+    objective: Ref
+    """The scalar that is minimised in expectation."""
+    outputs: Any
+    """The model's whole return value: nested containers with `Ref`s where tensors stand."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Values of the `Param` nodes by path: the user's own objects, never copies."""
+    tail: frozenset[str] = frozenset()
+    """Names of the nodes between the costs and the objective, a map linear in the costs (set by split_costs)."""
+
+    # -- reading --------------------------------------------------------------------------------------------------
+    def __getitem__(self, name: str) -> Node:
+        return self.nodes[name]
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes.values())
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def of(self, *kinds: type[Node]) -> list[Any]:
+        """The nodes of the given kinds, in order."""
+        return [node for node in self if isinstance(node, kinds)]
+
+    @cached_property
+    def users(self) -> Mapping[str, tuple[str, ...]]:
+        """For each node, the names of those that read it."""
+        found: dict[str, dict[str, None]] = {name: {} for name in self.nodes}
+        for node in self:
+            for ref in node.inputs:
+                found[ref][node.name] = None
+        return {name: tuple(users) for name, users in found.items()}
+
+    def ancestors(self, names: Iterable[str]) -> set[str]:
+        """The named nodes and everything they read, directly or not."""
+        seen: set[str] = set()
+        stack = list(names)
+        while stack:
+            name = stack.pop()
+            if name not in seen:
+                seen.add(name)
+                stack.extend(self.nodes[name].inputs)
+        return seen
+
+    def descendants(self, names: Iterable[str]) -> set[str]:
+        """The named nodes and everything that reads them, directly or not."""
+        seen: set[str] = set()
+        stack = list(names)
+        while stack:
+            name = stack.pop()
+            if name not in seen:
+                seen.add(name)
+                stack.extend(self.users[name])
+        return seen
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """Every stochastic node of the user's program, by name, in program order."""
+        return {node.name: self._site(node) for node in self.of(Sample)}
+
+    def _site(self, node: Sample) -> Site:
+        dist = self.nodes[node.dist]
+        assert isinstance(dist, Dist)
+        return Site(
+            name=node.name,
+            distribution=dist.template.family,
+            shape=node.tensor.shape,
+            estimator=node.estimator.name if node.estimator is not None else None,
+            credits=node.credits,
+            loc=node.loc,
+            reason=node.reason,
+            sample_dims=node.tensor.sample,
+        )
+
+    @property
+    def costs(self) -> dict[str, Cost]:
+        """The terms of the objective, by node name; before costs are split, those the user named."""
+        return {node.name: node for node in self.of(Cost)}
+
+    # -- making new graphs ----------------------------------------------------------------------------------------
+    def replace(self, *nodes: Node, **changes: Any) -> Graph:
+        """This graph with the given nodes in the place of those of the same name."""
+        table = dict(self.nodes)
+        for node in nodes:
+            assert node.name in table, f"no node %{node.name} to replace"
+            table[node.name] = node
+        return dataclasses.replace(self, nodes=table, **changes)
+
+    def with_nodes(self, nodes: Iterable[Node], **changes: Any) -> Graph:
+        """This graph with another list of nodes, in topological order."""
+        return dataclasses.replace(self, nodes={node.name: node for node in nodes}, **changes)
+
+    def fresh(self, base: str, taken: Iterable[str] = ()) -> str:
+        """``base``, or ``base_1``, ``base_2``… if that name is in use."""
+        names = set(self.nodes) | set(taken)
+        if base not in names:
+            return base
+        n = 1
+        while f"{base}_{n}" in names:
+            n += 1
+        return f"{base}_{n}"
+
+    # -- views ----------------------------------------------------------------------------------------------------
+    def __str__(self) -> str:
+        arguments = ", ".join(node.path for node in self.of(Input))
+        lines = [f"graph {self.name}({arguments}) {{"]
+        width = max((len(name) for name in self.nodes), default=0)
+        kinds = max((len(node.kind) for node in self), default=0)
+        for node in self:
+            where = f"  # {node.loc}" if node.loc else ""
+            text = f"  %{node.name:<{width}} = {node.kind:<{kinds}} {_type_text(node.type)}{node.describe()}{where}"
+            lines.append(text.rstrip())
+        lines += [f"  return {self.objective!r} of {self.outputs!r}", "}"]
+        return "\n".join(lines)
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """Data edges as a ``networkx.DiGraph``; each node carries ``node`` (the IR node) and ``kind``."""
+        import networkx
+
+        graph = networkx.DiGraph(name=self.name)
+        for node in self:
+            graph.add_node(node.name, node=node, kind=node.kind)
+            graph.add_edges_from((str(ref), node.name) for ref in node.inputs)
+        return graph
+
+    def render(self, path: Any, view: str = "stochastic") -> Any:
+        """Writes a picture; the suffix of ``path`` (svg, png, pdf, html, dot) says which kind."""
+        from scg.backends.pictures import render
+
+        return render(self, path, view=view)
+
+    def _repr_html_(self) -> str:
+        from scg.backends.pictures import inline_svg
+
+        return inline_svg(self)
+
+
+def _type_text(type_: Type) -> str:
+    if type_ is None:
+        return ""
+    if isinstance(type_, tuple):
+        return "(" + ", ".join(_type_text(item).strip() for item in type_) + ") "
+    if isinstance(type_, TensorType):
+        return f"{type_} "
+    return f"{type_.__name__} "
+
+
+def _arguments(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
+    return ", ".join([repr(a) for a in args] + [f"{k}={v!r}" for k, v in kwargs.items()])
