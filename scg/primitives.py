@@ -1,0 +1,140 @@
+"""What a model may say beyond plain PyTorch: `sample`, `cost`, `depends`, `opaque`.
+
+Outside a trace each of them does the plain thing. Inside, the handler of the current thread decides (the tracer, or
+whatever replays the model).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class OpaqueSpec:
+    """What `opaque` was told about a function."""
+
+    fn: Callable[..., Any]
+    shape: Callable[..., Any] | tuple[Callable[..., Any], ...] | None = None
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None
+    batch_dims: int = 0
+    pure: bool = True
+
+
+class Handler(Protocol):
+    """Gives the primitives their meaning while it is active in a thread."""
+
+    def sample(self, dist: Distribution, name: str | None, estimator: Any, value: Tensor | None) -> Tensor: ...
+
+    def cost(self, value: Tensor, name: str) -> Tensor: ...
+
+    def depends(self, value: Tensor, on: Tensor, dims: tuple[str, ...]) -> Tensor: ...
+
+    def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+_local = threading.local()
+
+
+def active_handler() -> Handler | None:
+    """The handler of the current thread, if any."""
+    return getattr(_local, "handler", None)
+
+
+@contextmanager
+def handling(handler: Handler | None) -> Iterator[None]:
+    """Makes ``handler`` give the primitives their meaning, in this thread only."""
+    previous = active_handler()
+    _local.handler = handler
+    try:
+        yield
+    finally:
+        _local.handler = previous
+
+
+def sample(
+    dist: Distribution, name: str | None = None, *, estimator: Any = None, value: Tensor | None = None
+) -> Tensor:
+    """Draws from ``dist``: a named stochastic node of a compiled model.
+
+    Args:
+        dist: Any ``torch.distributions`` object.
+        name: The site's name; by default that of the variable the draw is assigned to.
+        estimator: Name or object of the gradient estimator for this site.
+        value: An outcome to replay as if it had been drawn from ``dist`` (a logged action).
+
+    Returns:
+        A draw (or ``value``), of shape ``[*B, *E]``.
+    """
+    handler = active_handler()
+    if handler is not None:
+        return handler.sample(dist, name, estimator, value)
+    if value is not None:
+        return value
+    return dist.sample()
+
+
+def cost(value: Tensor, name: str) -> Tensor:
+    """Names a term of the objective; the identity on ``value``."""
+    handler = active_handler()
+    return value if handler is None else handler.cost(value, name)
+
+
+def depends(value: Tensor, on: Tensor, dims: Sequence[str] = ()) -> Tensor:
+    """Declares that the draw ``on`` influences ``value`` in a way the program does not show; the identity on ``value``.
+
+    Args:
+        value: What is influenced, such as a logged reward.
+        on: The value of the site.
+        dims: For each leading dim shared by both, ``tied`` (index by index), ``causal`` (at or after) or ``mixed``;
+            dims not named are mixed.
+    """
+    words = ("tied", "causal", "mixed")
+    wrong = [word for word in dims if word not in words]
+    if wrong:
+        raise ValueError(f"depends(dims={tuple(dims)!r}): {wrong[0]!r} is none of {', '.join(words)}")
+    handler = active_handler()
+    return value if handler is None else handler.depends(value, on, tuple(dims))
+
+
+def opaque(
+    shape: Callable[..., Any] | tuple[Callable[..., Any], ...] | None = None,
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    batch_dims: int = 0,
+    pure: bool = True,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator for a Python function the compiler must not look into: a simulator step, a metric, a reward.
+
+    Args:
+        shape: Output shape as a function of the arguments (default: that of the first tensor); a tuple for several
+            outputs.
+        dtype: Output dtype (default: that of the first tensor); a tuple for several outputs.
+        batch_dims: Leading dims that are independent of each other.
+        pure: False for a stateful environment: called in program order, once a call, never dropped or rerun.
+    """
+
+    def wrap(fn: Callable[P, R]) -> Callable[P, R]:
+        spec = OpaqueSpec(fn, shape, dtype, batch_dims, pure)
+
+        @functools.wraps(fn)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            handler = active_handler()
+            if handler is None:
+                return fn(*args, **kwargs)
+            result: R = handler.opaque(spec, args, kwargs)
+            return result
+
+        return call
+
+    return wrap
