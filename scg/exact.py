@@ -6,7 +6,7 @@ r"""Exact expectation and gradient of a finite program, by replaying the origina
 
 No graph is captured: the user's own Python runs once an outcome, so that tests of the compiler against these numbers
 are not circular. Draws made under ``no_grad`` are data: averaged over, their probabilities not differentiated.
-``rsample`` asks for the pathwise derivative: the noise inside it is averaged over, with a probability free of parameters.
+``rsample`` asks for the pathwise derivative: its noise is averaged over, with a probability free of parameters.
 """
 
 from __future__ import annotations
