@@ -1,0 +1,192 @@
+"""Captures a PyTorch model or function, with its distributions, as a `Graph`."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_autocast_cache
+from torch.utils import _pytree as pytree
+
+from scg import ir
+from scg.capture import captured
+from scg.errors import TraceError
+from scg.interception import intercept
+from scg.ir import Graph, Ref
+from scg.primitives import handling
+from scg.tracer_frames import traceback_loc
+from scg.tracer_graph import Converter, without_glue
+from scg.tracer_recorder import Recorder
+
+_lock = threading.RLock()  # the pre-dispatch mode stack is one for the whole process
+
+
+def trace(
+    model: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: bool = False,
+) -> Graph:
+    """Captures one call of ``model`` as a graph, without running it on real data.
+
+    Args:
+        model: A module or a function; closures over modules, parameters and tensors are captured by name.
+        args: Positional arguments of the call; their shapes, dtypes and plain values are those of the graph.
+        kwargs: Keyword arguments of the call.
+        dynamic: Leave the size of the leading dim of the arguments open.
+
+    Returns:
+        The graph before any pass.
+    """
+    kwargs = dict(kwargs or {})
+    found = captured(model)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = Recorder(
+        fake_mode,
+        {id(tensor): path for path, tensor in found.tensors.items()},
+        {id(module): path for path, module in found.modules.items()},
+    )
+    recorder.buffer_owners = {path: module._buffers for path, module in found.modules.items()}
+    with _lock, _recording(recorder):
+        fake_args, fake_kwargs = _fake_arguments(recorder, model, tuple(args), kwargs)
+        try:
+            with recorder:
+                result = model(*fake_args, **fake_kwargs)
+                outputs = pytree.tree_map_only(Tensor, recorder.lift, result)
+                objective = _objective(outputs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise TraceError(_data_dependent(error)) from error
+        converter = Converter(recorder)
+        nodes = converter.convert()
+
+        def to_ref(tensor: Tensor) -> Ref:
+            return converter.ref(recorder.node_of(tensor))
+
+        target = to_ref(objective)
+        refs = pytree.tree_map_only(Tensor, to_ref, outputs)
+        leaves = [leaf for leaf in pytree.tree_leaves(refs) if isinstance(leaf, Ref)]
+    nodes = without_glue(nodes, leaves)
+    paths = {node.path for node in nodes.values() if isinstance(node, ir.Param)}
+    graph = Graph(
+        name=_name(model),
+        nodes=nodes,
+        objective=target,
+        outputs=refs,
+        tensors={path: tensor for path, tensor in recorder.tensors.items() if path in paths},
+    )
+    _check_costs(graph)
+    return graph
+
+
+@contextmanager
+def _recording(recorder: Recorder) -> Iterator[None]:
+    """Everything that has to be in place while the user's function runs; nothing of it stays."""
+    with ExitStack() as stack:
+        stack.enter_context(recorder.fake_mode)
+        stack.enter_context(torch.enable_grad())  # a first call in evaluation must not mark every node as data
+        stack.enter_context(enable_python_dispatcher())
+        stack.enter_context(ProxyTorchDispatchMode(recorder.tracer, "real", pre_dispatch=True))
+        stack.enter_context(disable_autocast_cache())
+        stack.enter_context(intercept(recorder.on_attribute))
+        stack.enter_context(handling(recorder))
+        yield
+
+
+def _fake_arguments(
+    recorder: Recorder, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with fakes for tensors, each an `Input` named after where it stands."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    paths = _argument_paths(model, args, kwargs)
+    position = 0
+    fakes = []
+    for leaf, path in zip(leaves, paths, strict=True):
+        if isinstance(leaf, Tensor):
+            leaf, position = recorder.add_input(leaf, path, position), position + 1
+        fakes.append(leaf)
+    fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
+    return fake_args, fake_kwargs
+
+
+def _argument_paths(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """For each leaf of the arguments its path: ``x``, ``batch.images``, ``xs.0``."""
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        names = [
+            f"{p.name}.{i - n}" if p.kind is inspect.Parameter.VAR_POSITIONAL else p.name
+            for n, p in enumerate(inspect.signature(function).parameters.values())
+            for i in (range(n, len(args)) if p.kind is inspect.Parameter.VAR_POSITIONAL else (n,))
+        ]
+    except (TypeError, ValueError):
+        names = [f"arg_{i}" for i in range(len(args))]
+    paths = []
+    for keys, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
+        names_of_keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys[1:]]
+        if keys[0].idx == 0:  # type: ignore[attr-defined]
+            index = int(names_of_keys[0])
+            names_of_keys[0] = names[index] if index < len(names) else f"arg_{index}"
+        paths.append(".".join(names_of_keys))
+    return paths
+
+
+def _objective(outputs: Any) -> Tensor:
+    """The scalar to minimise: the return value, its first item, or its ``"loss"``."""
+    found = outputs
+    if isinstance(outputs, (tuple, list)):
+        found = outputs[0] if outputs else None
+    elif isinstance(outputs, Mapping):
+        found = outputs.get("loss")
+    if not isinstance(found, Tensor):
+        raise TraceError(
+            f"the model returned {_kind(outputs)}, which holds no objective: return a scalar loss, a tuple that starts "
+            'with it, or a dict with it under "loss".'
+        )
+    if found.ndim or not found.is_floating_point():
+        raise TraceError(
+            f"the objective is a {found.dtype} tensor of shape {tuple(found.shape)}, not a floating-point scalar: "
+            "reduce it with .mean() or .sum()."
+        )
+    return found
+
+
+def _kind(outputs: Any) -> str:
+    if isinstance(outputs, Mapping):
+        return f"a dict with the keys {list(outputs)}"
+    return f"a {type(outputs).__name__}"
+
+
+def _check_costs(graph: Graph) -> None:
+    used = graph.ancestors([graph.objective])
+    for cost in graph.costs.values():
+        if cost.name not in used:
+            raise TraceError(
+                f"{cost.loc}: the cost {cost.label!r} never reaches the objective. "
+                "Use the value that scg.cost returns, or drop the call."
+            )
+
+
+def _data_dependent(error: Exception) -> str:
+    loc = traceback_loc(error.__traceback__)
+    if isinstance(error, DynamicOutputShapeException):
+        return (
+            f"{loc}: the shape of this result depends on tensor values (boolean-mask indexing, nonzero, unique). "
+            "Keep the shape fixed: use torch.where, multiply by the mask, or wrap the code in @scg.opaque."
+        )
+    return f"{loc}: this needs the value of a tensor while the model is traced. Use tensor code, or @scg.opaque."
+
+
+def _name(model: Callable[..., Any]) -> str:
+    name = getattr(model, "__name__", None) or type(model).__name__
+    return str(name)

@@ -1,0 +1,385 @@
+"""Runs the user's function on fake tensors and notes, in program order, everything it does.
+
+Three layers see it: the hook on distributions (`sample`, `rsample`, `log_prob` stay whole), a ``TorchFunctionMode``
+(captured tensors become nodes, reads of values are refused, random functions with learned parameters become sites), and
+below them fx's ``ProxyTorchDispatchMode`` at the pre-dispatch key (all the rest, as ATen operations).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import (
+    PythonKeyTracer,
+    disable_proxy_modes_tracing,
+    get_proxy_slot,
+    track_tensor_tree,
+)
+from torch.overrides import TorchFunctionMode
+
+from scg import ir
+from scg.errors import TraceError
+from scg.primitives import OpaqueSpec
+from scg.template import Template, flatten
+from scg.tracer_frames import assigned_name, name_of, user_frame, user_loc, where
+
+
+@dataclass
+class Fact:
+    """What is noted about an fx node beside its operation."""
+
+    loc: str
+    scope: str
+    no_grad: bool
+    made: tuple[type[ir.Node], dict[str, Any]] | None = None
+    """Of a node that is no ATen operation: its kind and fields, with fx nodes where the IR has `Ref`s."""
+    explicit: bool = False
+    """The user chose the node's name."""
+
+
+class Tracer(PythonKeyTracer):
+    """fx's tracer of ATen operations, noting for each node where it comes from."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.root = nn.Module()
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.recorder = recorder
+        self.facts: dict[fx.Node, Fact] = {}
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
+        node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
+        self.facts[node] = Fact(*where(self.recorder.modules), no_grad=not torch.is_grad_enabled())
+        return node
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, FakeTensor):
+            raise TraceError(
+                f"{user_loc()}: a value computed inside a distribution or a custom function is used outside of it "
+                "(by torch.autograd.grad in the model?). Compute the loss from log_prob and the draw alone."
+            )
+        if isinstance(a, Tensor):
+            return self.recorder.node_of(self.recorder.lift(a))
+        return super().create_arg(a)
+
+
+def _made(*_: Any) -> None:
+    """fx target of the nodes that are no ATen operation: see `Fact.made`."""
+
+
+_READS = frozenset(
+    {getattr(Tensor, name).__get__ for name in "shape dtype device requires_grad ndim is_leaf layout is_cuda".split()}
+    | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.stride}
+    | {Tensor.ndimension, Tensor.nelement, Tensor.is_contiguous, Tensor.__len__, Tensor.__repr__, Tensor.__format__}
+)
+"""What may be read of a captured tensor without making it part of the graph."""
+
+_FORBIDDEN: dict[Any, str] = {
+    Tensor.__bool__: "bool()",
+    Tensor.item: ".item()",
+    Tensor.tolist: ".tolist()",
+    Tensor.numpy: ".numpy()",
+    Tensor.__array__: "numpy",
+    Tensor.__float__: "float()",
+    Tensor.__int__: "int()",
+    Tensor.__index__: "index()",
+    Tensor.__complex__: "complex()",
+    Tensor.__contains__: "in",
+    Tensor.register_hook: "register_hook()",
+}
+"""Functions that would freeze a value of this call into the graph, or be lost in it."""
+
+
+class Recorder(TorchFunctionMode):
+    """One trace: the fx graph in the making, the captured tensors in it, and the meaning of the primitives."""
+
+    def __init__(self, fake_mode: FakeTensorMode, paths: Mapping[int, str], modules: Mapping[int, str]) -> None:
+        super().__init__()
+        self.fake_mode = fake_mode
+        self.paths = paths
+        """id of a captured tensor -> the user's name for it."""
+        self.modules = modules
+        """id of a captured module -> its path."""
+        self.tracer = Tracer(self)
+        self.tensors: dict[str, Tensor] = {}
+        """The captured tensors met so far, by path."""
+        self.inputs: list[FakeTensor] = []
+        self._fakes: dict[int, FakeTensor] = {}
+        self._dists: dict[int, tuple[Distribution, Template, list[Tensor], fx.Node]] = {}
+        self._inside = False
+
+    # -- nodes -----------------------------------------------------------------------------------------------------
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The fx node that computes a fake tensor."""
+        slot = get_proxy_slot(tensor, self.tracer, None)
+        return slot.proxy.node if slot is not None else self.tracer.create_arg(tensor)
+
+    def nodes_in(self, tree: Any) -> Any:
+        """``tree`` with fx nodes where tensors stand."""
+        return _map_tensors(lambda tensor: self.node_of(self.lift(tensor)), tree)
+
+    def emit(
+        self, kind: type[ir.Node], fields: dict[str, Any], fake: Any, name: str, explicit: bool = False
+    ) -> fx.Node:
+        """Appends a node that is no ATen operation; ``fake`` (tensors, or nothing) is what it computes."""
+        node = self.tracer.create_node("call_function", _made, (), {}, name)
+        fact = self.tracer.facts[node]
+        fact.made, fact.explicit = (kind, fields), explicit
+        node.meta["hint"] = name
+        with disable_proxy_modes_tracing():
+            track_tensor_tree(fake, fx.Proxy(node, self.tracer), constant=None, tracer=self.tracer)
+        return node
+
+    def lift(self, tensor: Tensor) -> Tensor:
+        """The fake of a captured tensor; its node is made the first time."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise TraceError(f"{user_loc()}: torch.func transforms inside a compiled model are not supported.")
+        if id(tensor) not in self._fakes:
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "constant"
+            path = self.paths.get(id(tensor)) or f"{kind}_{len(self.tensors)}"
+            self.tensors[path] = tensor  # keeps it alive, so that its id stays its own
+            with self._quiet():
+                fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
+            role = kind if kind == "parameter" or path.rpartition(".")[2] not in self.buffers(path) else "buffer"
+            self.emit(ir.Param, {"path": path, "role": role, "requires_grad": tensor.requires_grad}, fake, path)
+            self._fakes[id(tensor)] = fake
+        return self._fakes[id(tensor)]
+
+    def buffers(self, path: str) -> Mapping[str, Any]:
+        """The buffers of the captured module that ``path`` lies in."""
+        return self.buffer_owners.get(path.rpartition(".")[0], {})
+
+    buffer_owners: Mapping[str, Mapping[str, Any]] = {}
+
+    def add_input(self, tensor: Tensor, path: str, position: int) -> Tensor:
+        """The fake of an argument of the call, with its node."""
+        with self._quiet():
+            fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        fields = {"path": path, "position": position, "requires_grad": tensor.requires_grad}
+        self.emit(ir.Input, fields, fake, path.replace(".", "_"))
+        self.inputs.append(fake)
+        return fake
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Runs on fake tensors unseen."""
+        was, self._inside = self._inside, True
+        with ExitStack() as stack:
+            stack.enter_context(torch._C.DisableTorchFunction())
+            stack.enter_context(disable_proxy_modes_tracing())
+            stack.enter_context(torch._C._ExcludeDispatchKeyGuard(_PRE_DISPATCH))
+            try:
+                yield
+            finally:
+                self._inside = was
+
+    # -- distributions ---------------------------------------------------------------------------------------------
+    def on_attribute(self, dist: Distribution, name: str) -> Any:
+        """Hook on distributions: draws and densities become nodes, argument checks are off."""
+        if name == "_validate_args":
+            return False
+        attribute = object.__getattribute__(dist, name)
+        if self._inside:
+            return attribute
+        if name in ("sample", "rsample"):
+            return partial(self._draw_method, dist, name)
+        if name == "log_prob":
+            return partial(self._log_prob, dist)
+        return attribute
+
+    def _draw_method(self, dist: Distribution, method: str, sample_shape: Any = ()) -> Tensor:
+        return self._draw(dist, method, tuple(sample_shape))
+
+    def _draw(
+        self,
+        dist: Distribution,
+        method: str,
+        sample_shape: tuple[int, ...] = (),
+        name: str | None = None,
+        estimator: Any = None,
+        value: Tensor | None = None,
+    ) -> Tensor:
+        template, fakes, node = self._dist(dist)
+        event_ndim = len(template.event_shape)
+        if value is not None:
+            value = self.lift(value)
+            with self._quiet():
+                fake = value.detach()
+        else:
+            fake = self._fake_draw(dist, template, fakes, method, sample_shape)
+        fields = {
+            "dist": node,
+            "method": method,
+            "sample_shape": sample_shape,
+            "value": None if value is None else self.node_of(value),
+            "data": not torch.is_grad_enabled(),
+            "requested": estimator,
+        }
+        hint = name or assigned_name(user_frame()) or "site_0"
+        made = self.emit(ir.Sample, fields, fake, hint, explicit=name is not None)
+        made.meta["event_ndim"] = event_ndim
+        return fake
+
+    def _fake_draw(
+        self, dist: Distribution, template: Template, fakes: list[Tensor], method: str, sample_shape: tuple[int, ...]
+    ) -> Tensor:
+        with self._quiet():
+            rebuilt = template.rebuild(fakes)  # not the user's object: lazy properties would stay in it
+            try:
+                fake: Tensor = getattr(rebuilt, method)(torch.Size(sample_shape))
+            except NotImplementedError as error:
+                raise TraceError(f"{user_loc()}: {template.family} has no {method}().") from error
+            except torch._subclasses.fake_tensor.DataDependentOutputException:  # rejection samplers
+                floats = [f for f in fakes if f.is_floating_point()]
+                fake = torch.empty(
+                    dist._extended_shape(torch.Size(sample_shape)), dtype=floats[0].dtype, device=floats[0].device
+                )
+                fake = fake.requires_grad_(method == "rsample" and any(f.requires_grad for f in floats))
+        return fake
+
+    def _log_prob(self, dist: Distribution, value: Tensor) -> Tensor:
+        template, fakes, node = self._dist(dist)
+        value = self.lift(value) if isinstance(value, Tensor) else torch.as_tensor(value)
+        with self._quiet():
+            fake = template.rebuild(fakes).log_prob(value)
+        self.emit(ir.LogProb, {"dist": node, "value": self.node_of(value)}, fake, "log_prob")
+        return fake
+
+    def _dist(self, dist: Distribution) -> tuple[Template, list[Tensor], fx.Node]:
+        """The node of a distribution object: one an object, made when it is first drawn from or scored."""
+        if id(dist) not in self._dists:
+            was, self._inside = self._inside, True
+            try:
+                template, tensors = flatten(dist)
+            finally:
+                self._inside = was
+            fakes = [self.lift(tensor) for tensor in tensors]
+            params = tuple(self.node_of(fake) for fake in fakes)
+            name = name_of(dist, user_frame()) or template.family.lower()
+            node = self.emit(ir.Dist, {"template": template, "params": params}, None, name)
+            self._dists[id(dist)] = dist, template, fakes, node
+        return self._dists[id(dist)][1:]
+
+    # -- primitives ------------------------------------------------------------------------------------------------
+    def sample(self, dist: Distribution, name: str | None, estimator: Any, value: Tensor | None) -> Tensor:
+        return self._draw(dist, "sample", (), name, estimator, value)
+
+    def cost(self, value: Tensor, name: str) -> Tensor:
+        value = self.lift(value)
+        with self._quiet():
+            fake = value.view_as(value)
+        self.emit(ir.Cost, {"value": self.node_of(value), "label": name, "declared": True}, fake, name, explicit=True)
+        return fake
+
+    def depends(self, value: Tensor, on: Tensor, dims: tuple[str, ...]) -> Tensor:
+        value, site = self.lift(value), self.node_of(self.lift(on))
+        made = self.tracer.facts[site].made
+        if made is None or made[0] is not ir.Sample:
+            raise TraceError(f"{user_loc()}: depends(on=…) takes the value that sample() returned, unchanged.")
+        with self._quiet():
+            fake = value.view_as(value)
+        self.emit(ir.Depends, {"value": self.node_of(value), "on": site, "dims": dims}, fake, "depends")
+        return fake
+
+    def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = inspect.signature(spec.fn).bind(*args, **kwargs)
+        bound.apply_defaults()
+        if bound.kwargs:
+            raise TraceError(f"{user_loc()}: an opaque function takes no keyword-only arguments: {spec.fn.__name__}.")
+        lifted = _map_tensors(self.lift, bound.args)
+        with self._quiet():
+            fake = _opaque_result(spec, lifted)
+        fields = {
+            "fn": spec.fn, "args": self.nodes_in(lifted), "batch_dims": spec.batch_dims,
+            "pure": spec.pure, "shape": spec.shape, "dtype": spec.dtype,
+        }  # fmt: skip
+        self.emit(ir.Opaque, fields, fake, spec.fn.__name__)
+        return fake
+
+    # -- torch functions -------------------------------------------------------------------------------------------
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._inside or func in _READS:
+            return func(*args, **kwargs)
+        if func in _FORBIDDEN:
+            return self._refuse(func, *args, **kwargs)
+        args, kwargs = _map_tensors(self.lift, args), _map_tensors(self.lift, kwargs)
+        if func is _DATA:
+            return args[0].detach()
+        return func(*args, **kwargs)
+
+    def _refuse(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Raises, unless the value is a literal of the program (``torch.tensor(2.0).item()``)."""
+        literal = getattr(tensor, "constant", None)
+        if literal is not None and func is not Tensor.register_hook:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return func(literal, *args, **kwargs)
+        name = self.paths.get(id(tensor))
+        what = f"the value of {name}" if name else "the value of a tensor"
+        raise TraceError(f"{user_loc()}: {_FORBIDDEN[func]} reads {what} while the model is traced. {_way_out(func)}")
+
+
+_PRE_DISPATCH = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def _way_out(func: Any) -> str:
+    if func is Tensor.register_hook:
+        return "Gradient hooks are not captured: put the hook on a module's parameter outside of the model."
+    if func is Tensor.__bool__:
+        return (
+            "Python branches would be frozen as they go in this call: use torch.where or a mask for `if` and `while`; "
+            "move an `assert` on a tensor out of the model, or compile with debug=True to check sites at run time."
+        )
+    return (
+        "It would be frozen as it is in this call: keep it a tensor, pass it as a plain Python argument, or wrap the "
+        "Python code that needs it in @scg.opaque."
+    )
+
+
+def _map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
+    """``tree`` (nested tuples, lists, dicts) with ``fn`` of its tensors."""
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    if isinstance(tree, tuple):
+        items = [_map_tensors(fn, item) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [_map_tensors(fn, item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: _map_tensors(fn, item) for key, item in tree.items()}
+    return tree
+
+
+def _opaque_result(spec: OpaqueSpec, args: tuple[Any, ...]) -> Any:
+    """Fake outputs of an opaque call."""
+    found: list[Tensor] = []
+    _map_tensors(found.append, args)
+    if not found and (spec.shape is None or spec.dtype is None):
+        raise TraceError(f"{user_loc()}: opaque {spec.fn.__name__} has no tensor argument: give it shape= and dtype=.")
+    shapes = spec.shape if isinstance(spec.shape, tuple) else (spec.shape,)
+    dtypes = spec.dtype if isinstance(spec.dtype, tuple) else (spec.dtype,) * len(shapes)
+    shapes = shapes if len(shapes) == len(dtypes) else shapes * len(dtypes)
+    outputs = tuple(
+        torch.empty(
+            tuple(found[0].shape if shape is None else shape(*args)),
+            dtype=dtype or found[0].dtype,
+            device=found[0].device if found else None,
+        )
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    several = isinstance(spec.shape, tuple) or isinstance(spec.dtype, tuple)
+    return outputs if several else outputs[0]
