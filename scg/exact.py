@@ -11,9 +11,7 @@ are not circular. Draws made under ``no_grad`` are data: averaged over, their pr
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -33,9 +31,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from scg.capture import captured
 from scg.errors import EstimatorError, TraceError
 from scg.interception import intercept
 from scg.primitives import OpaqueSpec, handling
+from scg.tracer_frames import user_loc
 
 MAX_OUTCOMES = 200_000
 """More joint outcomes than this are refused: at about a millisecond a run it would take minutes."""
@@ -60,7 +60,8 @@ def exact(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor,
         >>> print(f"{value:.6f} {grads['theta']:.6f}")
         0.250001 0.000500
     """
-    params, modules = _captured(model)
+    found = captured(model)
+    params = {path: tensor for path, tensor in found.tensors.items() if tensor.requires_grad}
     expectation = 0.0
     gradient = {path: torch.zeros_like(tensor, dtype=torch.float64) for path, tensor in params.items()}
     dtype = torch.get_default_dtype()
@@ -68,7 +69,7 @@ def exact(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor,
     watch: AbstractContextManager[Any] = _NamesOtherNoise()  # type: ignore[no-untyped-call]
     walk = Walk()
     while walk.more():
-        with kept_state(modules), torch.enable_grad():
+        with kept_state(found.modules.values()), torch.enable_grad():
             draws = Draws(walk)
             with draws, watch:
                 loss = objective_of(model(*args, **kwargs))
@@ -193,7 +194,7 @@ class Draws:
     def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not spec.pure:
             raise EstimatorError(
-                f"{spec.fn.__qualname__}, called at {_user_line()}, has a state that replaying it would move.\n"
+                f"{spec.fn.__qualname__}, called at {user_loc()}, has a state that replaying it would move.\n"
                 "  Use pure=True for a function without memory."
             )
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
@@ -201,7 +202,7 @@ class Draws:
 
     def _replayed(self, what: str) -> EstimatorError:
         return EstimatorError(
-            f"{what}, at {_user_line()}: its other outcomes are unknown, so there is nothing exact to sum.\n"
+            f"{what}, at {user_loc()}: its other outcomes are unknown, so there is nothing exact to sum.\n"
             "  Take the expectation of a program that draws by itself."
         )
 
@@ -222,14 +223,14 @@ class Draws:
             return self.draw(base, sample_shape)
         if isinstance(base, TransformedDistribution) and any(map(_has_gradient, base.transforms)):
             raise EstimatorError(
-                f"the outcomes of {_name(dist)} move with a transform's parameters, at {_user_line()}.\n"
+                f"the outcomes of {_name(dist)} move with a transform's parameters, at {user_loc()}.\n"
                 "  Draw from its base distribution and apply the transform in the model."
             )
         if isinstance(base, (TransformedDistribution, MixtureSameFamily)):  # a fixed function of finite draws inside
             with self._inside(torch.is_grad_enabled()):
                 return ordinary(torch.Size(sample_shape))
         raise EstimatorError(
-            f"{_name(dist)}, drawn at {_user_line()}, has no finite support to sum over.\n"
+            f"{_name(dist)}, drawn at {user_loc()}, has no finite support to sum over.\n"
             "  Compare with a finite distribution in its place, or with many `scg.gradient_samples`."
         )
 
@@ -285,7 +286,7 @@ def _bernoulli(draws: Draws, input: Tensor, *, generator: Any = None) -> Tensor:
 def _binomial(draws: Draws, count: Tensor, prob: Tensor, generator: Any = None) -> Tensor:
     most = int(count.max())
     if not bool((count == most).all()):
-        raise EstimatorError(f"torch.binomial at {_user_line()} has several total counts: draw each on its own.")
+        raise EstimatorError(f"torch.binomial at {user_loc()} has several total counts: draw each on its own.")
     return draws.draw(Binomial(most, probs=prob))
 
 
@@ -293,7 +294,7 @@ def _multinomial(
     draws: Draws, input: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None
 ) -> Tensor:
     if num_samples > 1 and not replacement:
-        raise EstimatorError(f"torch.multinomial without replacement, at {_user_line()}, is not a product of sites.")
+        raise EstimatorError(f"torch.multinomial without replacement, at {user_loc()}, is not a product of sites.")
     return draws.draw(Categorical(probs=input), (num_samples,)).movedim(0, -1)  # [*B, num_samples]
 
 
@@ -306,7 +307,7 @@ _RANDOM_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-class _NamesOtherNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _NamesOtherNoise(TorchDispatchMode):
     """Refuses every operation that moves the random number generator."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -316,7 +317,7 @@ class _NamesOtherNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         if not torch.equal(before, torch.get_rng_state()):
             raise EstimatorError(
-                f"{func} at {_user_line()} draws noise that cannot be summed over.\n"
+                f"{func} at {user_loc()} draws noise that cannot be summed over.\n"
                 "  Call .eval() to switch dropout off, or pass the noise in as an argument."
             )
         return out
@@ -326,36 +327,26 @@ class _NamesOtherNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def kept_state(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Restores buffers and attributes of ``modules`` at the end: a run must not see what the one before it left."""
     kept = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    values = [
-        (buffer, buffer.detach().clone()) for _, _, buffers in kept for buffer in buffers.values() if buffer is not None
-    ]
+    with kept_buffers(module for module, *_ in kept):
+        try:
+            yield
+        finally:
+            for module, attributes, buffers in kept:
+                for table, content in ((module._buffers, buffers), (vars(module), attributes)):
+                    table.clear()
+                    table.update(content)
+
+
+@contextmanager
+def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restores the values of the buffers that ``modules`` have now: running statistics, moving averages."""
+    kept = {buffer: buffer.detach().clone() for module in modules for buffer in module.buffers()}
     try:
         yield
     finally:
-        for module, attributes, buffers in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, value in values:
+            for buffer, value in kept.items():
                 buffer.copy_(value)
-
-
-def _captured(model: Callable[..., Any]) -> tuple[dict[str, Tensor], list[nn.Module]]:
-    """Parameters that require grad by dotted name, and all modules, of a module or of a function's closure."""
-    if isinstance(model, nn.Module):
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}, list(model.modules())
-    params: dict[str, Tensor] = {}
-    modules: list[nn.Module] = []
-    closure = inspect.getclosurevars(model)
-    for name, value in {**closure.globals, **closure.nonlocals}.items():
-        if isinstance(value, nn.Module):
-            params |= {f"{name}.{path}": p for path, p in value.named_parameters() if p.requires_grad}
-            modules += value.modules()
-        elif isinstance(value, Tensor) and value.requires_grad:
-            params[name] = value
-    return params, modules
 
 
 def _has_gradient(thing: object) -> bool:
@@ -364,11 +355,3 @@ def _has_gradient(thing: object) -> bool:
 
 def _name(dist: Distribution) -> str:
     return f"{type(dist).__name__}{tuple(dist.batch_shape)}"
-
-
-def _user_line() -> str:
-    """``file.py:line`` of the innermost frame outside torch and scg."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("torch", "scg"):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"

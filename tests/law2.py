@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scg.exact import Walk, objective_of
+from scg.exact import Walk, kept_buffers, objective_of
 
 aten = torch.ops.aten
 
 
-class ForcedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ForcedDraws(TorchDispatchMode):
     """Makes finite random operations follow a `Walk`, and multiplies up the probability of what they gave."""
 
     def __init__(self, walk: Walk) -> None:
@@ -81,15 +81,14 @@ def expected_estimate(
             draws are finite.
         params: the tensors to differentiate by, by name.
     """
-    buffers = list(compiled.buffers()) if isinstance(compiled, nn.Module) else []
-    state = [buffer.clone() for buffer in buffers]
+    modules = [compiled] if isinstance(compiled, nn.Module) else []
     loss = torch.zeros((), dtype=torch.float64)
     gradient = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in params.items()}
     total = 0.0
     walk = Walk()
     while walk.more():
         draws = ForcedDraws(walk)
-        with draws:
+        with kept_buffers(modules), draws:  # moving averages start every draw from the same state
             estimate = objective_of(compiled(*args))
         total += draws.probability
         loss += draws.probability * estimate.detach()
@@ -98,7 +97,5 @@ def expected_estimate(
             for name, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     gradient[name] += draws.probability * grad
-        for buffer, value in zip(buffers, state, strict=True):  # moving averages start every draw from the same state
-            buffer.copy_(value)
     assert abs(total - 1) < 1e-9, f"the probabilities of all draws sum to {total}"
     return loss, gradient
