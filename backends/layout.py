@@ -1,0 +1,86 @@
+"""DOT text to SVG, PNG or PDF, by ``dot`` where it is installed, else by the graphviz that pygraphviz carries."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+
+from scg.backends.dot import PALETTE
+from scg.errors import ScgError
+
+_SVG = "http://www.w3.org/2000/svg"
+_TITLE = "{http://www.w3.org/1999/xlink}title"
+
+
+def lay_out(dot: str, format: str) -> bytes:
+    """``dot`` drawn as ``png``, ``pdf`` or graphviz's own ``svg``."""
+    resolution = "-Gdpi=160" if format == "png" else ""
+    if program := shutil.which("dot"):
+        command = [program, f"-T{format}", *filter(None, [resolution])]
+        done = subprocess.run(command, input=dot.encode(), capture_output=True, check=False)
+        if done.returncode:
+            raise ScgError(f"graphviz could not draw the graph: {done.stderr.decode().strip()}")
+        return done.stdout
+    try:
+        import pygraphviz
+    except ImportError as error:
+        raise ScgError(f"a {format} picture needs graphviz: pip install pygraphviz, or write a .dot file") from error
+    with pygraphviz.AGraph(string=dot) as graph:
+        drawn: bytes = graph.draw(format=format, prog="dot", args=resolution)
+    return drawn
+
+
+def svg(dot: str, label: str) -> str:
+    """``dot`` as an SVG element that stands alone or inside a page: native tooltips, no ids, light and dark colours.
+
+    Args:
+        dot: the graph.
+        label: what a screen reader says.
+    """
+    root = ET.fromstring(lay_out(dot, "svg"))
+    ET.register_namespace("", _SVG)
+    for group in root.iter(f"{{{_SVG}}}g"):
+        _native_tooltip(group)
+    for element in root.iter():
+        element.attrib.pop("id", None)  # several pictures may stand in one page
+        element.attrib.pop("{http://www.w3.org/XML/1998/namespace}space", None)
+    root.attrib |= {"class": "scg", "role": "img", "aria-label": label}
+    style = ET.Element(f"{{{_SVG}}}style")
+    style.text = _DARK
+    root.insert(0, style)
+    return ET.tostring(root, encoding="unicode")
+
+
+def _native_tooltip(group: ET.Element) -> None:
+    """graphviz puts tooltips into links around the shapes; browsers and viewers show a ``title`` element instead.
+
+    The name that graphviz writes there becomes the attribute ``data-id``.
+    """
+    title = group.find(f"{{{_SVG}}}title")
+    if title is None:
+        return
+    tooltip = ""
+    for parent in list(group.iter()):
+        for link in parent.findall(f"{{{_SVG}}}a"):
+            tooltip = link.get(_TITLE) or tooltip
+            at = list(parent).index(link)
+            parent.remove(link)
+            for child in reversed(link):
+                parent.insert(at, child)
+    if "graph" not in group.get("class", ""):
+        group.set("data-id", title.text or "")
+        title.text = tooltip
+    else:
+        group.remove(title)
+
+
+_DARK = "\n".join(
+    [
+        ".scg{max-width:100%;height:auto}",
+        ".scg .node,.scg .edge{cursor:default}",
+        "@media (prefers-color-scheme:dark){",
+        *(f'.scg [fill="{light}"]{{fill:{dark}}}.scg [stroke="{light}"]{{stroke:{dark}}}' for light, dark in PALETTE.values()),
+        "}",
+    ]
+)
