@@ -1,0 +1,26 @@
+"""Each example runs from a shell, warnings being errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_example(example: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", str(example), "--smoke-test"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    if example.stem == "discrete_vae":
+        assert "test ELBO" in done.stdout
+        for suffix in ("svg", "html"):
+            assert (tmp_path / "out" / f"discrete_vae.{suffix}").stat().st_size > 1000
