@@ -49,6 +49,8 @@ Kind = Literal[
     "attention",
     "matrix",  # linear algebra on the trailing ``trailing`` dims
     "kron",
+    "loss",  # pointwise, then reduced if its ``reduction`` says so
+    "composite",  # known to be smooth; its elements are followed through what it consists of
     "nothing",  # reads no values: shapes only, or noise without parameters
 ]
 """How the elements of an operation's outputs depend on those of its inputs."""
@@ -71,6 +73,8 @@ class Operation:
     """Linear in each tensor of a list alone, not jointly (einsum)."""
     discontinuous: bool = False
     """Its value jumps, or its derivative is zero where the value is not constant."""
+    guard: bool = False
+    """Tests for what a valid program never meets (isnan): not discontinuous on its way."""
     random: bool = False
     """Draws noise."""
     impure: bool = False
@@ -115,9 +119,22 @@ OPERATIONS: dict[str, Operation] = {
         special_expit special_expm1 special_gammaln special_i0 special_i0e special_i1 special_i1e special_log1p
         special_log_ndtr special_logit special_ndtr special_ndtri special_psi special_sinc special_xlog1py special_xlogy
         special_zeta sqrt square tan tanh xlogy threshold_backward sigmoid_backward tanh_backward detach detach_
-        binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss huber_loss smooth_l1_loss kl_div
-        soft_margin_loss poisson_nll_loss polar complex real imag""",
+        polar complex real imag""",
     ),
+    **_entries(
+        Operation("loss"),
+        """binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss huber_loss smooth_l1_loss kl_div
+        soft_margin_loss poisson_nll_loss""",
+    ),
+    **_entries(
+        Operation("composite"),
+        """cross_entropy_loss nll_loss nll_loss2d nll_loss_nd cosine_embedding_loss hinge_embedding_loss
+        margin_ranking_loss triplet_margin_loss multi_margin_loss multilabel_margin_loss ctc_loss grid_sampler
+        grid_sampler_2d grid_sampler_3d linalg_solve quantile nanquantile renorm trapezoid cumulative_trapezoid
+        affine_grid_generator corrcoef cov fold col2im stft istft fft_fft2 fft_ifft2 fft_fftn
+        fft_ifftn fft_fftshift fft_ifftshift fft_rfft2 fft_rfftn fft_irfft2 fft_irfftn pdist""",
+    ),
+    "diff": Operation("composite", linear=_FIRST),
     **_entries(replace(_POINTWISE, linear=_FIRST), "neg negative positive alias clone contiguous conj lift_fresh"),
     **_entries(
         replace(_POINTWISE, linear=_FIRST), "to _to_copy type_as  lift_fresh_copy convert_element_type"
@@ -135,10 +152,11 @@ OPERATIONS: dict[str, Operation] = {
         _JUMP,
         """angle arctan2 atan2 bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor
         bucketize ceil copysign eq fake_quantize_per_tensor_affine fix floor floor_divide fmod frac ge
-        greater greater_equal gt hardshrink heaviside isclose isfinite isinf isnan isneginf isposinf ldexp le less
+        greater greater_equal gt hardshrink heaviside isclose ldexp le less
         less_equal logical_and logical_not logical_or logical_xor lt ne nextafter not_equal remainder round sgn
         sign signbit special_round threshold trunc gcd lcm __and__ __or__ __xor__ __lshift__ __rshift__""",
     ),
+    **_entries(replace(_POINTWISE, guard=True), "isfinite isinf isnan isneginf isposinf isreal"),
     # -- noise ----------------------------------------------------------------------------------------------------
     **_entries(
         replace(_POINTWISE, random=True), "dropout native_dropout alpha_dropout rrelu rrelu_with_noise _fused_dropout"
@@ -366,21 +384,23 @@ def _touches(value: Any, influenced: Collection[Ref]) -> bool:
 
 
 def is_discontinuous(node: Op) -> bool:
-    """Does the value of ``node`` jump, or lose its gradient, where its float inputs move smoothly?"""
-    if node.target is operator.getitem:
-        return isinstance(node.type, TensorType) and not _is_float(node)
+    """Does its value jump, or lose its derivative, where its float inputs move? Of unknown operators: yes.
+
+    A callable that is no operator is a custom ``autograd.Function``, whose backward is the user's own: no.
+    """
+    floating = _is_float(node) or isinstance(node.type, TensorType) and node.type.dtype.is_complex
+    if node.target is operator.getitem or isinstance(node.type, TensorType) and not floating:
+        return isinstance(node.type, TensorType) and not floating and not _is_guard(node)
     op = lookup(node.target)
     if op is None or op.discontinuous:
-        return op is None and not _keeps_backward(node) or op is not None
+        return packet_name(node.target) is not None
     named = bind(node)
-    if named.get("rounding_mode") is not None or named.get("ord", named.get("p")) == 0:
-        return True
-    return isinstance(node.type, TensorType) and not (_is_float(node) or node.type.dtype.is_complex)
+    return named.get("rounding_mode") is not None or named.get("ord", named.get("p")) == 0
 
 
-def _keeps_backward(node: Op) -> bool:
-    """A callable that is no operator is a custom ``autograd.Function``: its backward is the user's instruction."""
-    return packet_name(node.target) is None
+def _is_guard(node: Op) -> bool:
+    op = lookup(node.target)
+    return op is not None and op.guard
 
 
 def is_random(node: Op) -> bool:

@@ -8,11 +8,12 @@ Core ATen decompositions are applied where the operation itself is not in the ta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, decomposition_table
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -48,6 +49,12 @@ def decompose(op: Op, types: Mapping[Ref, TensorType]) -> tuple[list[Op], tuple[
     return recorder.nodes, tuple(recorder.names.get(id(t)) for t in results)
 
 
+@cache
+def _decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """All that torch has, the core ones where there are two."""
+    return {**decomposition_table, **core_aten_decompositions()}
+
+
 class _Recorder(TorchDispatchMode):
     """Notes every operation that runs as an `Op`, dissolving those outside the table."""
 
@@ -63,8 +70,9 @@ class _Recorder(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func.namespace == "prim":  # type: ignore[attr-defined]
             return func(*args, **kwargs)
-        if lookup(func) is None:
-            decomposition = core_aten_decompositions().get(func)  # type: ignore[call-overload]
+        known = lookup(func)
+        if known is None or known.kind == "composite":
+            decomposition = _decompositions().get(func)
             with self:
                 if decomposition is not None:
                     return decomposition(*args, **kwargs)
@@ -75,7 +83,8 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:  # type: ignore[attr-defined]
             raise Unknown(f"{func} writes in place")
         result = func(*args, **kwargs)
-        self._note(func, args, kwargs, result)
+        if func._schema.returns:  # not a bare assertion on metadata  # type: ignore[attr-defined]
+            self._note(func, args, kwargs, result)
         return result
 
     def _note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -91,9 +100,7 @@ class _Recorder(TorchDispatchMode):
         results = [result] if isinstance(result, Tensor) else list(result)
         types = tuple(TensorType(t.dtype, tuple(t.shape)) for t in results)
         multiple = not isinstance(result, Tensor)
-        self.nodes.append(
-            Op(name=name, type=types if multiple else types[0], target=func, args=args, kwargs=kwargs)
-        )
+        self.nodes.append(Op(name=name, type=types if multiple else types[0], target=func, args=args, kwargs=kwargs))
         self._alive.extend(results)
         for i, tensor in enumerate(results):
             own = Ref(f"{name}.{i}") if multiple else name

@@ -170,9 +170,7 @@ class Influence:
     def related(self, node: str) -> dict[str, Relation]:
         """Every site that ``node`` (one tensor) depends on, and how."""
         states = self._only(node)
-        return {
-            name: relation for name, bit in self._bits.items() for relation, sites in states.items() if sites & bit
-        }
+        return {name: relation for name, bit in self._bits.items() for relation, sites in states.items() if sites & bit}
 
     def _only(self, node: str) -> _States:
         states = self._states.get(node, ())
@@ -609,7 +607,11 @@ def _opaque(node: Opaque, shapes: tuple[Shape, ...], depths: Mapping[Ref, Tensor
     wholes = []
     for x in depths.values():
         fits = all(x.ndim >= n and len(shape) >= n and shape[:n] == x.shape[:n] for shape in shapes)
-        wholes.append(rules.squash(x, range(n, x.ndim)).reshape(rules.tight(x).shape[:n]) if fits else rules.squash(x, None).reshape(()))
+        wholes.append(
+            rules.squash(x, range(n, x.ndim)).reshape(rules.tight(x).shape[:n])
+            if fits
+            else rules.squash(x, None).reshape(())
+        )
     total = wholes[0]
     for whole in wholes[1:]:
         total = torch.minimum(total, whole)

@@ -141,6 +141,17 @@ def pointwise(call: Call) -> Depths:
     return [join(call.others(), shape) for shape in call.outputs]
 
 
+def loss(call: Call) -> Depths:
+    """Elementwise, and one number of all unless ``reduction`` is 0 (none)."""
+    if call["reduction"] == 0:
+        return pointwise(call)
+    return everything(call.others(), call.outputs)
+
+
+def composite(call: Call) -> Depths:
+    raise Unknown("to be taken apart")
+
+
 def choice(call: Call) -> Depths:
     """where(condition, self, other), masked_fill(self, mask, value): a constant mask says who is read."""
     name, yes, no = ("mask", "value", "self") if "mask" in call.named else ("condition", "self", "other")
@@ -631,7 +642,10 @@ def matrix(call: Call) -> Depths:
     n = call.op.trailing
     if any(len(call.shape(ref)) < n for ref in call.tensors()):
         raise Unknown("an operand that is no matrix")
-    wholes = [squash(x, range(x.ndim - n, x.ndim)).reshape(x.shape[:-n] if x.ndim > n else ()) for x in map(tight, call.others())]
+    wholes = [
+        squash(x, range(x.ndim - n, x.ndim)).reshape(x.shape[:-n] if x.ndim > n else ())
+        for x in map(tight, call.others())
+    ]
     return [put_left(reduce(torch.minimum, wholes), shape) for shape in call.outputs]
 
 
@@ -668,6 +682,8 @@ RULES: dict[str, Callable[[Call], Depths]] = {
     "attention": attention,
     "matrix": matrix,
     "kron": kron,
+    "loss": loss,
+    "composite": composite,
     "nothing": no_reading,
 }
 """The rule of each kind of operation."""

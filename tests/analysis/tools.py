@@ -154,5 +154,3 @@ def compare(graph: Graph, inputs: Mapping[str, Tensor], found: Influence) -> tup
         claimed += int(may.sum())
         seen += int((mask & may).sum())
     return violations, claimed, seen
-
-
