@@ -29,3 +29,7 @@ class BiasWarning(UserWarning):
 
 class RetraceWarning(UserWarning):
     """A plain Python value keeps changing, so that the model is traced again and again."""
+
+
+class StateWarning(UserWarning):
+    """A model changes Python state when it is called; a compiled call cannot."""

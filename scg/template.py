@@ -241,7 +241,7 @@ def _build(spec: Any, leaves: Sequence[Tensor], prefix: tuple[int, ...]) -> Any:
     if isinstance(spec, _Mapping):
         return spec.cls((key, _build(item, leaves, prefix)) for key, item in spec.items)
     if isinstance(spec, _Object):
-        built = object.__new__(spec.cls)
+        built: Any = object.__new__(spec.cls)
         state = {key: _build(item, leaves, prefix) for key, item in spec.state}
         if issubclass(spec.cls, Distribution):
             state["_batch_shape"] = torch.Size((*prefix, *state["_batch_shape"]))

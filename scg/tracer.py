@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,12 +17,13 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.autograd.function import Function, _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_autocast_cache
 from torch.utils import _pytree as pytree
 
 from scg import ir
-from scg.capture import captured
-from scg.errors import TraceError
+from scg.capture import Captured, Change, captured, restored
+from scg.errors import StateWarning, TraceError
 from scg.interception import intercept
 from scg.ir import Graph, Ref
 from scg.primitives import handling
@@ -52,22 +54,17 @@ def trace(
     """
     kwargs = dict(kwargs or {})
     found = captured(model)
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = Recorder(
-        fake_mode,
-        {id(tensor): path for path, tensor in found.tensors.items()},
-        {id(module): path for path, module in found.modules.items()},
-    )
-    recorder.buffer_owners = {path: module._buffers for path, module in found.modules.items()}
-    with _lock, _recording(recorder):
+    recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=True), found)
+    with _lock, restored(found) as changes, _recording(recorder):
         fake_args, fake_kwargs = _fake_arguments(recorder, model, tuple(args), kwargs)
         try:
             with recorder:
                 result = model(*fake_args, **fake_kwargs)
+                _keep_state(recorder, found, changes())
                 outputs = pytree.tree_map_only(Tensor, recorder.lift, result)
-                objective = _objective(outputs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise TraceError(_data_dependent(error)) from error
+        objective = _objective(outputs)
         converter = Converter(recorder)
         nodes = converter.convert()
 
@@ -76,11 +73,10 @@ def trace(
 
         target = to_ref(objective)
         refs = pytree.tree_map_only(Tensor, to_ref, outputs)
-        leaves = [leaf for leaf in pytree.tree_leaves(refs) if isinstance(leaf, Ref)]
-    nodes = without_glue(nodes, leaves)
+    nodes = without_glue(nodes, [leaf for leaf in pytree.tree_leaves(refs) if isinstance(leaf, Ref)])
     paths = {node.path for node in nodes.values() if isinstance(node, ir.Param)}
     graph = Graph(
-        name=_name(model),
+        name=getattr(model, "__name__", None) or type(model).__name__,
         nodes=nodes,
         objective=target,
         outputs=refs,
@@ -100,8 +96,53 @@ def _recording(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(ProxyTorchDispatchMode(recorder.tracer, "real", pre_dispatch=True))
         stack.enter_context(disable_autocast_cache())
         stack.enter_context(intercept(recorder.on_attribute))
+        stack.enter_context(_functions_through(recorder.on_function))
         stack.enter_context(handling(recorder))
         yield
+
+
+_local = threading.local()
+
+
+@contextmanager
+def _functions_through(hook: Callable[..., Any]) -> Iterator[None]:
+    """Sends this thread's calls of custom `torch.autograd.Function`s through ``hook``.
+
+    Patched below `Function.apply`, so that an alias taken earlier (``ste = STE.apply``) is seen too.
+    """
+    _local.hook = hook
+    _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+        _local.hook = None
+
+
+def _apply(function: type[Function], *args: Any) -> Any:
+    apply = super(_SingleLevelFunction, function).apply  # type: ignore[misc]
+    hook = getattr(_local, "hook", None)
+    return apply(*args) if hook is None else hook(function, apply, args)
+
+
+def _keep_state(recorder: Recorder, found: Captured, changes: list[Change]) -> None:
+    """Makes the writes to module state during a call part of the graph, or says that they are not."""
+    for change in changes:
+        if change.is_buffer and isinstance(change.before, Tensor) and isinstance(change.after, Tensor):
+            with torch.no_grad():
+                recorder.lift(change.before).copy_(change.after)
+        elif recorder.has(change.before):
+            raise TraceError(
+                f"the model reads {change.name} and then sets it to another tensor, which a compiled call cannot: "
+                "register it as a buffer."
+            )
+        elif not type(found.modules.get(change.path)).__module__.startswith("torch."):  # whose hooks set weights
+            warnings.warn(
+                f"the model sets {change.name} when it is called; a compiled call does not. "
+                "Register state as a buffer, and return what is wanted outside.",
+                StateWarning,
+                stacklevel=3,
+            )
 
 
 def _fake_arguments(
@@ -186,7 +227,3 @@ def _data_dependent(error: Exception) -> str:
         )
     return f"{loc}: this needs the value of a tensor while the model is traced. Use tensor code, or @scg.opaque."
 
-
-def _name(model: Callable[..., Any]) -> str:
-    name = getattr(model, "__name__", None) or type(model).__name__
-    return str(name)

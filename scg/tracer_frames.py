@@ -35,6 +35,12 @@ def is_users_file(filename: str) -> bool:
     return filename.startswith(_INSTALLED) or not filename.startswith(_STDLIB)
 
 
+@functools.cache
+def is_local_file(filename: str) -> bool:
+    """Whether code in that file is the user's own, not an installed package's."""
+    return is_users_file(filename) and not filename.startswith(_INSTALLED)
+
+
 def _frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:

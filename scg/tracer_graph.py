@@ -33,13 +33,15 @@ class Converter:
         self._refs: dict[fx.Node, Ref] = {}
         """What stands for an fx node in the IR."""
         self._live: set[str] = set()
-        """Names of nodes that a gradient may flow back from."""
+        """Names of the nodes that a gradient may flow back from."""
         self._detached: dict[Ref, Ref] = {}
         self._written = _written(self.source)
 
     def convert(self) -> dict[str, ir.Node]:
         for node in self.source:
-            self._refs[node] = self._convert(node)
+            ref = self._refs[node] = self._convert(node)
+            if self.facts[node].live and ref in self.nodes and _differentiable(self.nodes[ref].type):
+                self._live.add(ref)
         return self.nodes
 
     def ref(self, node: fx.Node) -> Ref:
@@ -61,8 +63,14 @@ class Converter:
             return Ref("")  # only its outputs are wanted, see `_broadcast`
         if target is operator.getitem and node.args[0].target is aten.broadcast_tensors.default:  # type: ignore[union-attr]
             return self._broadcast(node, fact)
+        if target in _DRAWS and any(ref in self._live for ref in ir.refs_in(self._resolve(node.args))):
+            raise TraceError(
+                f"{fact.loc}: {target._schema.name.removeprefix('aten::')} draws with parameters that are learned or "
+                "depend on a site, and has no gradient for them. Draw from a torch.distributions object instead."
+            )
         args, kwargs = self._resolve(node.args), self._resolve(node.kwargs)
         if fact.no_grad:
+            self._check_write(target, args, kwargs, fact)
             args, kwargs = self._detach((args, kwargs), fact)
         return self._add(
             ir.Op(name=self.names[node], type=_type(node.meta.get("val")), loc=fact.loc, scope=fact.scope,
@@ -79,12 +87,12 @@ class Converter:
             fields["label"] = self.names[node]
         ref = self._add(kind(name=self.names[node], type=type_, loc=fact.loc, scope=fact.scope, **fields))
         if fact.no_grad and kind in (ir.LogProb, ir.Op, ir.Cost, ir.Depends):
-            return self._detach(ref, fact)  # type: ignore[no-any-return]
+            return self._detached_ref(ref, fact)
         return ref
 
     def _broadcast(self, node: fx.Node, fact: Fact) -> Ref:
         """``broadcast_tensors([a, b])[i]`` as ``a.expand(shape)``, or as ``a`` where nothing changes."""
-        sources, index = node.args[0].args[0], node.args[1]  # type: ignore[union-attr,index]
+        sources, index = node.args[0].args[0], node.args[1]  # type: ignore[union-attr]
         source = self._resolve(sources[index])  # type: ignore[index]
         type_ = _type(node.meta["val"])
         assert isinstance(type_, ir.TensorType)
@@ -98,16 +106,15 @@ class Converter:
 
     def _add(self, node: ir.Node) -> Ref:
         self.nodes[node.name] = node
-        if isinstance(node, (ir.Input, ir.Param)):
-            live = node.requires_grad
-        elif isinstance(node, ir.Sample):
-            live = not node.data
-        else:
-            stops = isinstance(node, ir.Opaque) or isinstance(node, ir.Op) and node.target is aten.detach.default
-            live = not stops and _differentiable(node.type) and any(ref in self._live for ref in node.inputs)
-        if live:
-            self._live.add(node.name)
         return Ref(node.name)
+
+    def _check_write(self, target: Any, args: Any, kwargs: Any, fact: Fact) -> None:
+        """Refuses to write unseen by autograd where a gradient flows: its later readers would not know of both."""
+        if any(ref in self._live for ref in _writes(target, args, kwargs) if isinstance(ref, Ref)):
+            raise TraceError(
+                f"{fact.loc}: an in-place write under no_grad to a tensor that a gradient flows through. "
+                "Write x = x + (new - x).detach(), or do it outside of the model."
+            )
 
     # -- helpers ---------------------------------------------------------------------------------------------------
     def _resolve(self, tree: Any) -> Any:
@@ -134,18 +141,16 @@ class Converter:
         Inputs are detached rather than outputs: an in-place write under ``no_grad`` has to reach the same memory.
         """
 
-        def detach(ref: Ref) -> Ref:
-            if ref not in self._live:
-                return ref
-            if ref not in self._detached:
-                name = _fresh("detach", self.nodes, self.names.values())
-                self._detached[ref] = self._add(
-                    ir.Op(name=name, type=self.nodes[ref].type, loc=fact.loc, scope=fact.scope,
-                          target=aten.detach.default, args=(ref,))
-                )  # fmt: skip
-            return self._detached[ref]
+        return ir.map_refs(lambda ref: self._detached_ref(ref, fact) if ref in self._live else ref, tree)
 
-        return ir.map_refs(detach, tree)
+    def _detached_ref(self, ref: Ref, fact: Fact) -> Ref:
+        if ref not in self._detached:
+            name = _fresh("detach", self.nodes, self.names.values())
+            type_ = self.nodes[ref].type
+            self._detached[ref] = self._add(
+                ir.Op(name=name, type=type_, loc=fact.loc, scope=fact.scope, target=aten.detach.default, args=(ref,))
+            )
+        return self._detached[ref]
 
 
 def without_glue(nodes: dict[str, ir.Node], keep: Iterable[str]) -> dict[str, ir.Node]:
@@ -159,6 +164,13 @@ def without_glue(nodes: dict[str, ir.Node], keep: Iterable[str]) -> dict[str, ir
             used.update(node.inputs)
     return {node.name: node for node in reversed(kept)}
 
+
+_DRAWS = frozenset({
+    aten.bernoulli.default, aten.bernoulli_.Tensor, aten.multinomial.default, aten.normal.Tensor_float,
+    aten.normal.float_Tensor, aten.normal.Tensor_Tensor, aten.poisson.default, aten.binomial.default,
+    aten._standard_gamma.default, aten._sample_dirichlet.default,
+})  # fmt: skip
+"""Random operations with tensor parameters: noise as long as nothing is learned from them."""
 
 _GLUE = frozenset({aten.detach.default, aten.expand.default, aten.lift_fresh_copy.default})
 
@@ -204,18 +216,25 @@ def _fresh(base: str, *taken: Iterable[str]) -> str:
 
 def _written(nodes: list[fx.Node]) -> set[fx.Node]:
     """The nodes whose memory a later operation writes to."""
-    written: set[fx.Node] = set()
-    for node in nodes:
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
-            if node.target is aten.detach_.default:
-                continue
-            for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    written.update(_memory(value))
-            for argument in node.target._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write and argument.name in node.kwargs:
-                    written.update(_memory(node.kwargs[argument.name]))
-    return written
+    return {
+        memory
+        for node in nodes
+        if node.target is not aten.detach_.default
+        for value in _writes(node.target, node.args, node.kwargs)
+        for memory in _memory(value)
+    }
+
+
+def _writes(target: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an operation writes to."""
+    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
+        return []
+    given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | dict(kwargs)
+    return [
+        given[argument.name]
+        for argument in target._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given
+    ]
 
 
 def _memory(value: Any) -> Iterable[fx.Node]:

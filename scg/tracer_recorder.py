@@ -8,7 +8,7 @@ below them fx's ``ProxyTorchDispatchMode`` at the pre-dispatch key (all the rest
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributions import Distribution
+from torch.autograd import Function
+from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
     disable_proxy_modes_tracing,
@@ -25,8 +26,10 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from scg import ir
+from scg.capture import Captured
 from scg.errors import TraceError
 from scg.primitives import OpaqueSpec
 from scg.template import Template, flatten
@@ -40,6 +43,8 @@ class Fact:
     loc: str
     scope: str
     no_grad: bool
+    live: bool
+    """A gradient may flow back from here, to a parameter, an input or a site."""
     made: tuple[type[ir.Node], dict[str, Any]] | None = None
     """Of a node that is no ATen operation: its kind and fields, with fx nodes where the IR has `Ref`s."""
     explicit: bool = False
@@ -60,7 +65,10 @@ class Tracer(PythonKeyTracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
     ) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
-        self.facts[node] = Fact(*where(self.recorder.modules), no_grad=not torch.is_grad_enabled())
+        loc, scope = where(self.recorder.modules)
+        no_grad = not torch.is_grad_enabled()
+        live = not no_grad and target not in _STOPS and any(self.facts[read].live for read in node.all_input_nodes)
+        self.facts[node] = Fact(loc, scope, no_grad, live)
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -72,6 +80,15 @@ class Tracer(PythonKeyTracer):
         if isinstance(a, Tensor):
             return self.recorder.node_of(self.recorder.lift(a))
         return super().create_arg(a)
+
+
+_STOPS = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default})
+
+
+def _nodes_in(tree: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(tree, found.append)
+    return found
 
 
 def _made(*_: Any) -> None:
@@ -97,6 +114,8 @@ _FORBIDDEN: dict[Any, str] = {
     Tensor.__complex__: "complex()",
     Tensor.__contains__: "in",
     Tensor.register_hook: "register_hook()",
+    Tensor.backward: "backward()",
+    Tensor.data.__set__: "assigning .data",  # type: ignore[attr-defined]
 }
 """Functions that would freeze a value of this call into the graph, or be lost in it."""
 
@@ -104,17 +123,18 @@ _FORBIDDEN: dict[Any, str] = {
 class Recorder(TorchFunctionMode):
     """One trace: the fx graph in the making, the captured tensors in it, and the meaning of the primitives."""
 
-    def __init__(self, fake_mode: FakeTensorMode, paths: Mapping[int, str], modules: Mapping[int, str]) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, found: Captured) -> None:
         super().__init__()
         self.fake_mode = fake_mode
-        self.paths = paths
-        """id of a captured tensor -> the user's name for it."""
-        self.modules = modules
-        """id of a captured module -> its path."""
+        self.paths = {id(tensor): path for path, tensor in found.tensors.items()}
+        """The user's names for captured tensors, by id."""
+        self.modules = {id(module): path for path, module in found.modules.items()}
+        """Paths of captured modules, by id."""
+        self.buffers = {id(buffer) for module in found.modules.values() for buffer in module._buffers.values()}
+        """ids of captured buffers."""
         self.tracer = Tracer(self)
         self.tensors: dict[str, Tensor] = {}
         """The captured tensors met so far, by path."""
-        self.inputs: list[FakeTensor] = []
         self._fakes: dict[int, FakeTensor] = {}
         self._dists: dict[int, tuple[Distribution, Template, list[Tensor], fx.Node]] = {}
         self._inside = False
@@ -136,41 +156,53 @@ class Recorder(TorchFunctionMode):
         node = self.tracer.create_node("call_function", _made, (), {}, name)
         fact = self.tracer.facts[node]
         fact.made, fact.explicit = (kind, fields), explicit
+        fact.live = self._starts_gradient(kind, fields, fact)
         node.meta["hint"] = name
         with disable_proxy_modes_tracing():
             track_tensor_tree(fake, fx.Proxy(node, self.tracer), constant=None, tracer=self.tracer)
         return node
+
+    def _starts_gradient(self, kind: type[ir.Node], fields: dict[str, Any], fact: Fact) -> bool:
+        if kind in (ir.Input, ir.Param):
+            return bool(fields["requires_grad"])
+        if kind is ir.Sample:
+            return not fields["data"]
+        if kind is ir.Opaque or (fact.no_grad and kind is not ir.Dist):
+            return False
+        return any(self.tracer.facts[node].live for node in _nodes_in(fields))
+
+    def is_live(self, tensor: Any) -> bool:
+        """Whether a gradient may flow back from a tensor."""
+        return isinstance(tensor, Tensor) and self.tracer.facts[self.node_of(self.lift(tensor))].live
 
     def lift(self, tensor: Tensor) -> Tensor:
         """The fake of a captured tensor; its node is made the first time."""
         if isinstance(tensor, FakeTensor):
             return tensor
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            raise TraceError(f"{user_loc()}: torch.func transforms inside a compiled model are not supported.")
+            raise TraceError(f"{user_loc()}: torch.func transforms (vmap, grad, jvp) are not captured.")
         if id(tensor) not in self._fakes:
             kind = "parameter" if isinstance(tensor, nn.Parameter) else "constant"
             path = self.paths.get(id(tensor)) or f"{kind}_{len(self.tensors)}"
             self.tensors[path] = tensor  # keeps it alive, so that its id stays its own
             with self._quiet():
                 fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
-            role = kind if kind == "parameter" or path.rpartition(".")[2] not in self.buffers(path) else "buffer"
+            role = "buffer" if id(tensor) in self.buffers else kind
             self.emit(ir.Param, {"path": path, "role": role, "requires_grad": tensor.requires_grad}, fake, path)
             self._fakes[id(tensor)] = fake
         return self._fakes[id(tensor)]
 
-    def buffers(self, path: str) -> Mapping[str, Any]:
-        """The buffers of the captured module that ``path`` lies in."""
-        return self.buffer_owners.get(path.rpartition(".")[0], {})
-
-    buffer_owners: Mapping[str, Mapping[str, Any]] = {}
+    def has(self, tensor: Any) -> bool:
+        """Whether a captured tensor is part of the graph."""
+        return id(tensor) in self._fakes
 
     def add_input(self, tensor: Tensor, path: str, position: int) -> Tensor:
         """The fake of an argument of the call, with its node."""
         with self._quiet():
             fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
         fields = {"path": path, "position": position, "requires_grad": tensor.requires_grad}
-        self.emit(ir.Input, fields, fake, path.replace(".", "_"))
-        self.inputs.append(fake)
+        node = self.emit(ir.Input, fields, fake, path.replace(".", "_"))
+        self.tracer.facts[node].loc = ""
         return fake
 
     @contextmanager
@@ -309,6 +341,20 @@ class Recorder(TorchFunctionMode):
         self.emit(ir.Opaque, fields, fake, spec.fn.__name__)
         return fake
 
+    def on_function(self, function: type[Function], apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """A custom `torch.autograd.Function`: one node, so that it keeps its own backward."""
+        if self._inside or function.__module__.partition(".")[0] == "torch":
+            return apply(*args)
+        lifted = _map_tensors(self.lift, args)
+        with self._quiet():
+            fake = apply(*lifted)
+        outputs = fake if isinstance(fake, tuple) else (fake,)
+        if any(output is argument for output in outputs for argument in lifted if isinstance(output, Tensor)):
+            raise TraceError(f"{user_loc()}: {function.__name__} writes to its argument: return a new tensor.")
+        fields = {"target": function.apply, "args": self.nodes_in(lifted), "kwargs": {}}
+        self.emit(ir.Op, fields, fake, function.__name__)
+        return fake
+
     # -- torch functions -------------------------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -316,38 +362,84 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _FORBIDDEN:
             return self._refuse(func, *args, **kwargs)
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise TraceError(f"{user_loc()}: torch.func transforms (vmap, grad, jvp) are not captured.")
         args, kwargs = _map_tensors(self.lift, args), _map_tensors(self.lift, kwargs)
         if func is _DATA:
             return args[0].detach()
+        if func in _RANDOM and any(map(self.is_live, (*args, *kwargs.values()))):
+            return _RANDOM[func](self, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def _bernoulli(self, input: Tensor, p: Any = None, *, generator: Any = None, out: Any = None) -> Tensor:
+        if p is not None:  # the values of `input` play no part
+            return torch.bernoulli(input, p, generator=generator)
+        self._refuse_options(generator, out)
+        return self._draw(Bernoulli(probs=input), "sample")
+
+    def _multinomial(
+        self, input: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None, out: Any = None
+    ) -> Tensor:
+        self._refuse_options(generator, out)
+        if num_samples == 1:
+            return self._draw(Categorical(probs=input), "sample").unsqueeze(-1)
+        if not replacement:
+            raise TraceError(
+                f"{user_loc()}: torch.multinomial without replacement has no density that scg knows. "
+                "Draw with replacement=True, or one at a time."
+            )
+        return self._draw(Categorical(probs=input), "sample", (num_samples,)).movedim(0, -1)
+
+    def _normal(
+        self, mean: Any, std: Any = 1.0, size: Any = None, *, generator: Any = None, out: Any = None
+    ) -> Tensor:
+        self._refuse_options(generator, out)
+        return self._draw(Normal(mean, std), "sample", () if size is None else tuple(size))
+
+    def _refuse_options(self, generator: Any, out: Any) -> None:
+        if generator is not None or out is not None:
+            raise TraceError(f"{user_loc()}: a draw with learned parameters takes no generator= or out=.")
 
     def _refuse(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Raises, unless the value is a literal of the program (``torch.tensor(2.0).item()``)."""
         literal = getattr(tensor, "constant", None)
-        if literal is not None and func is not Tensor.register_hook:
-            with torch.utils._python_dispatch._disable_current_modes():
+        if literal is not None and func not in _WAYS_OUT:
+            with _disable_current_modes():
                 return func(literal, *args, **kwargs)
         name = self.paths.get(id(tensor))
-        what = f"the value of {name}" if name else "the value of a tensor"
-        raise TraceError(f"{user_loc()}: {_FORBIDDEN[func]} reads {what} while the model is traced. {_way_out(func)}")
+        value = f"the value of {name}" if name else "a tensor's value"
+        done = f"{_FORBIDDEN[func]} needs {value} while the model is traced"
+        way_out = _BRANCH if func is Tensor.__bool__ else _WAYS_OUT.get(func, _FROZEN)
+        raise TraceError(f"{user_loc()}: {_FORBIDDEN[func] if func in _WAYS_OUT else done}. {way_out}")
 
+
+_RANDOM: dict[Any, Callable[..., Tensor]] = {
+    torch.bernoulli: Recorder._bernoulli,
+    Tensor.bernoulli: Recorder._bernoulli,
+    torch.multinomial: Recorder._multinomial,
+    Tensor.multinomial: Recorder._multinomial,
+    torch.normal: Recorder._normal,
+}
+"""Random functions that are sites where their parameters are learned, and noise elsewhere."""
 
 _PRE_DISPATCH = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-def _way_out(func: Any) -> str:
-    if func is Tensor.register_hook:
-        return "Gradient hooks are not captured: put the hook on a module's parameter outside of the model."
-    if func is Tensor.__bool__:
-        return (
-            "Python branches would be frozen as they go in this call: use torch.where or a mask for `if` and `while`; "
-            "move an `assert` on a tensor out of the model, or compile with debug=True to check sites at run time."
-        )
-    return (
-        "It would be frozen as it is in this call: keep it a tensor, pass it as a plain Python argument, or wrap the "
-        "Python code that needs it in @scg.opaque."
-    )
+_FROZEN = (
+    "It would be frozen as it is in this call: keep it a tensor, pass it as a plain Python argument, or wrap the "
+    "Python code that needs it in @scg.opaque."
+)
+_BRANCH = (
+    "The branch would be frozen as it goes in this call: use torch.where or a mask for `if` and `while`; move an "
+    "`assert torch.isfinite(z).all()` out of the model, or compile with debug=True to check every site at run time."
+)
+_WAYS_OUT: dict[Any, str] = {
+    Tensor.register_hook: "Gradient hooks are not captured: hook the parameters outside of the model.",
+    Tensor.backward: "The model returns the loss; call backward() on it outside, or use torch.autograd.grad inside.",
+    Tensor.data.__set__: "Use copy_() under torch.no_grad().",  # type: ignore[attr-defined]
+}
+"""Of what cannot be captured even where no value is read."""
 
 
 def _map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -370,9 +462,10 @@ def _opaque_result(spec: OpaqueSpec, args: tuple[Any, ...]) -> Any:
     _map_tensors(found.append, args)
     if not found and (spec.shape is None or spec.dtype is None):
         raise TraceError(f"{user_loc()}: opaque {spec.fn.__name__} has no tensor argument: give it shape= and dtype=.")
-    shapes = spec.shape if isinstance(spec.shape, tuple) else (spec.shape,)
-    dtypes = spec.dtype if isinstance(spec.dtype, tuple) else (spec.dtype,) * len(shapes)
-    shapes = shapes if len(shapes) == len(dtypes) else shapes * len(dtypes)
+    several = [option for option in (spec.shape, spec.dtype) if isinstance(option, tuple)]
+    count = len(several[0]) if several else 1
+    shapes: tuple[Any, ...] = spec.shape if isinstance(spec.shape, tuple) else (spec.shape,) * count
+    dtypes: tuple[Any, ...] = spec.dtype if isinstance(spec.dtype, tuple) else (spec.dtype,) * count
     outputs = tuple(
         torch.empty(
             tuple(found[0].shape if shape is None else shape(*args)),
@@ -381,5 +474,4 @@ def _opaque_result(spec: OpaqueSpec, args: tuple[Any, ...]) -> Any:
         )
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
-    several = isinstance(spec.shape, tuple) or isinstance(spec.dtype, tuple)
     return outputs if several else outputs[0]
