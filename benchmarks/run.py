@@ -1,0 +1,130 @@
+"""Compiled programs against hand-written PyTorch: ``python -m benchmarks.run [--only vae] [--no-inductor] [--quick]``.
+
+Prints Markdown tables and writes them to out/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import scg
+from benchmarks import chain, vae
+from benchmarks.measure import Step, in_new_process, machine, paired, peak_bytes, seconds
+
+SAMPLES = 4
+
+
+def training_step(loss: Callable[[], Tensor], model: nn.Module) -> Step:
+    """Forward and backward, gradients dropped first."""
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        loss().backward()
+
+    return step
+
+
+def score_function(model: nn.Module, **options: Any) -> Any:
+    return scg.compile(model, estimator="score_function", samples=SAMPLES, **options)
+
+
+def bench_vae(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
+    """784-200-200, batch 100, leave-one-out over four draws."""
+    sizes = (20, 8, 6) if quick else (784, 200, 200)
+    pairs = 3 if quick else 200
+    model = vae.VAE(*sizes)
+    x = (torch.rand(100, sizes[0]) < 0.3).float()
+    compiled = score_function(model)
+    ours = training_step(lambda: compiled(x), model)
+    hand = training_step(lambda: vae.by_hand(model, x, SAMPLES), model)
+    yield "VAE, eager, forward and backward", str(paired(ours, hand, pairs)), "at most 1.05x"
+    mine, theirs = peak_bytes(ours), peak_bytes(hand)
+    yield "VAE, eager, peak memory of a step", f"{mine / theirs:.3f}x, {mine / 2**20:.1f} MiB", "at most 1.10x"
+    if inductor:
+        fused = score_function(model, backend="inductor")
+        hand_fused = torch.compile(vae.by_hand, fullgraph=True)
+        ours = training_step(lambda: fused(x), model)
+        hand = training_step(lambda: hand_fused(model, x, SAMPLES), model)
+        yield "VAE, inductor against torch.compile", str(paired(ours, hand, pairs)), "at most 1.05x"
+
+
+def bench_chain(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
+    """T sites with a cost each, batch 32."""
+    steps = 5 if quick else 100
+    state = torch.randn(32, 8)
+    times = []
+    for length in (steps, 2 * steps):
+        model = chain.Chain(length)
+        compiled = score_function(model)
+        times.append(seconds(lambda compiled=compiled: compiled(state).backward()))  # type: ignore[misc]
+        if length == steps:
+            ours = training_step(lambda compiled=compiled: compiled(state), model)  # type: ignore[misc]
+            hand = training_step(lambda model=model: chain.by_hand(model, state, SAMPLES), model)  # type: ignore[misc]
+            step = str(paired(ours, hand, 3 if quick else 60))
+    yield f"chain of {steps} sites, first call", f"{times[0]:.2f} s", "under 10 s"
+    yield f"chain of {2 * steps} sites, first call", f"{times[1]:.2f} s, {times[1] / times[0]:.2f}x", "at most 2.5x"
+    yield f"chain of {steps} sites, step against reversed cumsum", step, "at most 1.15x"
+
+
+FIRST_CALL = """
+import time, torch
+torch.set_num_threads(1)
+import scg
+from benchmarks import vae
+x = (torch.rand(100, 784) < 0.3).float()
+for call in range({calls}):
+    start = time.perf_counter()
+    scg.compile(vae.VAE(), estimator="score_function", samples=4)(x).backward()
+print(time.perf_counter() - start)
+"""
+
+IMPORT = """
+import time, torch
+start = time.perf_counter()
+import scg
+print(time.perf_counter() - start)
+"""
+
+
+def bench_startup(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
+    """What a new process pays."""
+    repeats = 1 if quick else 5
+
+    def median(script: str) -> float:
+        return sorted(in_new_process(script) for _ in range(repeats))[repeats // 2]
+
+    yield "import scg beyond import torch", f"{median(IMPORT):.2f} s", "under 0.3 s"
+    yield "VAE, first call in a new process", f"{median(FIRST_CALL.format(calls=1)):.2f} s", "under 4 s"
+    yield "VAE, first call of a second model", f"{median(FIRST_CALL.format(calls=2)):.2f} s", "under 2 s"
+
+
+BENCHMARKS = {"vae": bench_vae, "chain": bench_chain, "startup": bench_startup}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=BENCHMARKS, help="one of the benchmarks")
+    parser.add_argument("--no-inductor", action="store_true", help="leave out what needs a C++ compiler and minutes")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all of it runs")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks.md"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    lines = [machine(), "", "| what | measured | wanted |", "|---|---|---|"]
+    print("\n".join(lines))
+    for name in [args.only] if args.only else BENCHMARKS:
+        for row in BENCHMARKS[name](args.quick, not args.no_inductor):
+            lines.append(f"| {' | '.join(row)} |")
+            print(lines[-1], flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
