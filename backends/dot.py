@@ -1,7 +1,7 @@
 """A picture as DOT text, the input of graphviz.
 
-Colours come in pairs (light, dark). The text uses the light ones; `backends.layout` adds a style sheet to SVG that swaps
-each for its partner where the reader's screen is dark. Blue and orange are told apart with every kind of colour
+Colours come in pairs (light, dark). The text uses the light ones; `scg.backends.layout` adds a style sheet to SVG that
+swaps each for its partner where the reader's screen is dark. Blue and orange are told apart with every kind of colour
 blindness (Okabe & Ito 2008), and no fact is told by colour alone.
 """
 
@@ -34,17 +34,26 @@ PALETTE = {
 FONT = "Helvetica,Arial,sans-serif"
 
 _SHAPES: dict[Kind, str] = {
-    "site": f'shape=ellipse fillcolor="{PALETTE["site"][0]}" color="{PALETTE["site line"][0]}" penwidth=1.6 margin="0.02,0.01"',
-    "cost": f'shape=diamond fillcolor="{PALETTE["cost"][0]}" color="{PALETTE["cost line"][0]}" penwidth=1.6 margin="0,0"',
-    "block": f'shape=box style="filled,rounded" fillcolor="{PALETTE["block"][0]}" color="{PALETTE["block line"][0]}"',
-    "opaque": f'shape=box peripheries=2 fillcolor="{PALETTE["opaque"][0]}" color="{PALETTE["block line"][0]}"',
-    "value": 'shape=plain style="" margin="0.04"',
+    "site": 'shape=ellipse penwidth=1.6 margin="0,0"',
+    "cost": 'shape=diamond penwidth=1.6 margin="0.04,0.05"',
+    "block": 'shape=box style="filled,rounded"',
+    "opaque": "shape=box peripheries=2",
+    "value": 'shape=plain style="" margin="0.03"',
 }
+_COLOURS: dict[Kind, tuple[str, str]] = {
+    "site": ("site", "site line"),
+    "cost": ("cost", "cost line"),
+    "block": ("block", "block line"),
+    "opaque": ("opaque", "block line"),
+    "value": ("page", "page"),
+}
+"""Roles of the area and of its outline."""
 _STYLES: dict[Style, tuple[str, str, int]] = {
     "title": ("<B>{}</B>", "ink", 13),
     "plain": ("{}", "ink", 12),
     "small": ("{}", "muted", 10),
     "accent": ("<B>{}</B>", "site text", 10),
+    "credit": ("{}", "cost line", 10),
     "warn": ("<B>{}</B>", "warning", 10),
 }
 """Template, colour role and size of each text style."""
@@ -57,10 +66,10 @@ def to_dot(picture: Picture) -> str:
         f"digraph {_quote(picture.title)} {{",
         f'  graph [rankdir={rank} bgcolor="{PALETTE["page"][0]}" fontname="{FONT}" pad=0.25 nodesep=0.32 ranksep=0.42'
         f" labelloc=b labeljust=l label={_legend(picture)}]",
-        f'  node [fontname="{FONT}" style=filled penwidth=1.1 margin="0.14,0.07"]',
+        f'  node [fontname="{FONT}" style=filled penwidth=1.1 margin="0.12,0.05"]',
         f'  edge [fontname="{FONT}" fontsize=10 color="{PALETTE["edge"][0]}" penwidth=1.1 arrowsize=0.65]',
         *_clusters(picture.boxes, ()),
-        *(_arrow(arrow, picture.sideways) for arrow in picture.arrows),
+        *(_arrow(arrow) for arrow in picture.arrows),
         "}",
     ]
     return "\n".join(lines) + "\n"
@@ -90,20 +99,22 @@ def _clusters(boxes: Iterable[Box], path: tuple[str, ...]) -> list[str]:
 
 
 def _box(box: Box) -> str:
-    label = "<BR/>".join(_text(line) for line in box.lines)
-    return f"{box.id} [{_SHAPES[box.kind]} label=<{label}> tooltip={_quote(box.tooltip)} class={box.kind}]"
+    rows = "".join(f"<TR><TD>{_text(line)}</TD></TR>" for line in box.lines)
+    table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0">{rows}</TABLE>'
+    fill, line = (PALETTE[role][0] for role in _COLOURS[box.kind])
+    look = f'{_SHAPES[box.kind]} fillcolor="{fill}" color="{line}"'
+    return f"{box.id} [{look} label=<{table}> tooltip={_quote(box.tooltip)} class={box.kind}]"
 
 
-def _arrow(arrow: Arrow, sideways: bool) -> str:
+def _arrow(arrow: Arrow) -> str:
     tooltip = f"tooltip={_quote(arrow.tooltip)} class={arrow.kind}"
     if arrow.kind == "data":
         return f"  {arrow.tail} -> {arrow.head} [{tooltip}]"
     orange = PALETTE["cost line"][0]
     label = f' label=<&nbsp;{escape(arrow.label)}&nbsp;> labeltooltip={_quote(arrow.tooltip)} fontcolor="{orange}"'
     look = f'style=dashed color="{orange}" penwidth=1.3{label if arrow.label else ""} {tooltip}'
-    if sideways:  # sites stand on the left, so the arrow is laid out backwards
-        return f"  {arrow.head} -> {arrow.tail} [dir=back {look}]"
-    return f"  {arrow.tail} -> {arrow.head} [constraint=false {look}]"
+    # laid out backwards, from the site down to the cost that it influences: so it ranks, and routes, like a data edge
+    return f"  {arrow.head} -> {arrow.tail} [dir=back weight=0 {look}]"
 
 
 def _text(line: Line) -> str:
@@ -131,7 +142,7 @@ def _legend(picture: Picture) -> str:
         if kind in kinds
     ]
     title = f"{_font(picture.title, '<B>{}</B>', 'ink', 11)}   {_font(picture.caption, '{}', 'muted', 11)}"
-    return f"<<BR/>{title}<BR ALIGN=\"LEFT\"/>{'   '.join(used)}<BR ALIGN=\"LEFT\"/>>"
+    return f'<<BR/>{title}<BR ALIGN="LEFT"/>{"   ".join(used)}<BR ALIGN="LEFT"/>>'
 
 
 def _quote(text: str) -> str:

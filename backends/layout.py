@@ -80,7 +80,10 @@ _DARK = "\n".join(
         ".scg{max-width:100%;height:auto}",
         ".scg .node,.scg .edge{cursor:default}",
         "@media (prefers-color-scheme:dark){",
-        *(f'.scg [fill="{light}"]{{fill:{dark}}}.scg [stroke="{light}"]{{stroke:{dark}}}' for light, dark in PALETTE.values()),
+        *(
+            f'.scg [fill="{light}"]{{fill:{dark}}}.scg [stroke="{light}"]{{stroke:{dark}}}'
+            for light, dark in PALETTE.values()
+        ),
         "}",
     ]
 )

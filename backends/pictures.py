@@ -9,7 +9,7 @@ from scg.backends.dot import to_dot
 from scg.backends.layout import lay_out, svg
 from scg.backends.views import picture
 from scg.ir import Graph
-from scg.report import Credits, Report
+from scg.report import Report
 
 SUFFIXES = (".svg", ".png", ".pdf", ".html", ".dot")
 
@@ -20,7 +20,6 @@ def render(
     view: str = "stochastic",
     report: Report | None = None,
     *,
-    credits: Credits | None = None,
     code: str = "",
 ) -> Path:
     """Writes a picture of ``graph`` and returns where it is.
@@ -30,7 +29,6 @@ def render(
         path: its suffix, one of `SUFFIXES`, says what is written.
         view: ``stochastic``, ``dataflow`` or ``credit``; an HTML page holds all three and opens at this one.
         report: shown in an HTML page; made from the graph when absent.
-        credits: tied dims of every credit edge; taken from the sites' ``credits`` when absent.
         code: the generated code, shown in an HTML page.
     """
     target = Path(path)
@@ -40,16 +38,16 @@ def render(
     if suffix == ".html":
         from scg.backends.html import page
 
-        target.write_text(page(graph, view, report, credits=credits, code=code), encoding="utf-8")
+        target.write_text(page(graph, view, report, code), encoding="utf-8")
     elif suffix == ".svg":
-        target.write_text(inline_svg(graph, view, credits) + "\n", encoding="utf-8")
+        target.write_text(inline_svg(graph, view) + "\n", encoding="utf-8")
     else:
-        dot = to_dot(picture(graph, view, credits))
+        dot = to_dot(picture(graph, view))
         target.write_bytes(dot.encode() if suffix == ".dot" else lay_out(dot, suffix.removeprefix(".")))
     return target
 
 
-def inline_svg(graph: Graph, view: str = "stochastic", credits: Credits | None = None) -> str:
+def inline_svg(graph: Graph, view: str = "stochastic") -> str:
     """One SVG element, to be put into a page or a file."""
-    drawn = picture(graph, view, credits)
+    drawn = picture(graph, view)
     return svg(to_dot(drawn), f"{drawn.title}, {drawn.caption}")

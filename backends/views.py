@@ -2,8 +2,8 @@
 
 Three views, in the conventions of Schulman et al. (2015), figure 1:
 
-* ``stochastic``: sites, costs and deterministic blocks, a block being the connected operations of one user module (or of
-  none) that are influenced by the same sites, so that the picture never shows an influence that is not there;
+* ``stochastic``: sites, costs and deterministic blocks, a block being the connected operations of one user module (or
+  of none) that are influenced by the same sites, so that the picture never shows an influence that is not there;
 * ``dataflow``: every operation, in nested clusters of the user's modules;
 * ``credit``: which cost teaches which site.
 """
@@ -13,14 +13,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from scg.ir import Cost, Depends, Dist, Graph, Input, LogProb, Node, Op, Opaque, Param, Sample, TensorType
-from scg.report import Credits, credit_edges, estimator_text, objective_text
+from scg.report import estimator_texts, objective_text
 
 Kind = Literal["site", "cost", "block", "opaque", "value"]
-Style = Literal["title", "plain", "small", "accent", "warn"]
+Style = Literal["title", "plain", "small", "accent", "credit", "warn"]
 Line = tuple[tuple[str, Style], ...]
 """One line of a label: pieces of text, each with its style."""
 
@@ -32,6 +32,9 @@ _MOVES = frozenset(
 
 _BLOCK = (Op, LogProb, Depends)
 """The kinds of nodes that deterministic blocks are made of."""
+
+_MOST = 20
+"""Credit arrows that a picture with data edges can hold."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,15 @@ class Picture:
     """Drawn from left to right."""
 
 
-def picture(graph: Graph, view: str = "stochastic", credits: Credits | None = None) -> Picture:
-    """The boxes and arrows of ``graph``; ``credits`` as in `scg.report.credit_edges`."""
+def picture(graph: Graph, view: str = "stochastic") -> Picture:
+    """The boxes and arrows of ``graph`` in one of the `VIEWS`."""
     if view not in VIEWS:
         raise ValueError(f"unknown view {view!r}; known: {', '.join(VIEWS)}")
-    return VIEWS[view](graph, credits)
+    return VIEWS[view](graph)
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
-def stochastic(graph: Graph, credits: Credits | None = None) -> Picture:
+def stochastic(graph: Graph) -> Picture:
     """Sites, costs and deterministic blocks named after the user's modules."""
     shown = _relevant(graph)
     blocks = _Blocks(graph, shown)
@@ -88,11 +91,11 @@ def stochastic(graph: Graph, credits: Credits | None = None) -> Picture:
         builder.block(group, blocks)
     for arrow in blocks.edges():
         builder.data(*arrow)
-    builder.credit(credit_edges(graph, credits))
+    builder.credit(_MOST)
     return builder.picture("stochastic view")
 
 
-def dataflow(graph: Graph, credits: Credits | None = None) -> Picture:
+def dataflow(graph: Graph) -> Picture:
     """Every node, clustered by module."""
     builder = _Builder(graph)
     scopes = {node.scope for node in graph if node.scope}
@@ -103,25 +106,24 @@ def dataflow(graph: Graph, credits: Credits | None = None) -> Picture:
     for node in graph:
         for ref in dict.fromkeys(node.inputs):
             builder.data(str(ref), node.name, [str(ref)])
-    builder.credit(credit_edges(graph, credits))
+    builder.credit(_MOST)
     return builder.picture("dataflow view")
 
 
-def credit(graph: Graph, credits: Credits | None = None) -> Picture:
+def credit(graph: Graph) -> Picture:
     """Sites on the left, costs on the right, an arrow from each cost to every site it teaches."""
     builder = _Builder(graph)
     for node in graph.of(Sample, Cost):
         builder.single(node)
-    builder.credit(credit_edges(graph, credits))
+    builder.credit()
     return builder.picture("credit view", sideways=True)
 
 
-View = Callable[[Graph, Credits | None], Picture]
-VIEWS: Mapping[str, View] = {"stochastic": stochastic, "dataflow": dataflow, "credit": credit}
+VIEWS: Mapping[str, Callable[[Graph], Picture]] = {"stochastic": stochastic, "dataflow": dataflow, "credit": credit}
 
 
 def _relevant(graph: Graph) -> set[str]:
-    """Names of the nodes that a site or a cost depends on; the objective stands for the costs that were not split yet."""
+    """Names of the nodes that a site or a cost depends on; the objective stands for costs that were not split yet."""
     ends = [node.name for node in graph.of(Sample, Cost)]
     if not graph.tail:
         ends.append(str(graph.objective))
@@ -338,7 +340,9 @@ class _Builder:
         self._add("block", tuple(lines), group.members)
 
     def _add(self, kind: Kind, lines: tuple[Line, ...], nodes: list[Node], cluster: tuple[str, ...] = ()) -> None:
-        box = Box(f"n{len(self.boxes)}", kind, lines, _tooltip(self.graph, nodes), tuple(n.name for n in nodes), cluster)
+        box = Box(
+            f"n{len(self.boxes)}", kind, lines, _tooltip(self.graph, nodes), tuple(n.name for n in nodes), cluster
+        )
         self.boxes.append(box)
         self.ids |= dict.fromkeys(box.members, box.id)
 
@@ -347,14 +351,25 @@ class _Builder:
         texts = [_value_text(self.graph[name]) for name in carried]
         self.arrows.append(Arrow(self.ids[tail], self.ids[head], "data", "\n".join(_at_most(texts, 12))))
 
-    def credit(self, edges: Mapping[tuple[str, str], str]) -> None:
-        """Dashed arrows from costs to the sites that they teach."""
-        for (site, cost), dims in edges.items():
-            node = self.graph.costs[cost]
-            text = f"{node.label} teaches {site}" + (f": {dims}" if dims else "")
-            where = "\n".join(dict.fromkeys(n.loc for n in (node, self.graph[site]) if n.loc))
-            tooltip = f"{text}\n{where}".rstrip()
-            self.arrows.append(Arrow(self.ids[cost], self.ids[site], "credit", tooltip, dims))
+    def credit(self, most: int | None = None) -> None:
+        """Dashed arrows from costs to the sites that they teach; if more than ``most``, a line in each site instead."""
+        if most is not None and len(self.graph.credit) > most:
+            return self._credit_lines()
+        for (site, cost), edge in self.graph.credit.items():
+            ends = (self.graph.costs[cost], self.graph[site])
+            text = f"{ends[0].label} teaches {site}: {edge.label}"
+            tooltip = "\n".join([text, *dict.fromkeys(node.loc for node in ends if node.loc)])
+            self.arrows.append(Arrow(self.ids[cost], self.ids[site], "credit", tooltip, edge.label))
+
+    def _credit_lines(self) -> None:
+        """Names the costs that teach a site below its estimator: a curtain of arrows would hide the picture."""
+        teachers: dict[str, list[str]] = {}
+        for site, cost in self.graph.credit:
+            teachers.setdefault(self.ids[site], []).append(self.graph.costs[cost].label)
+        for at, box in enumerate(self.boxes):
+            if labels := teachers.get(box.id):
+                text = ", ".join(labels) if len(labels) < 3 else f"{labels[0]} … {labels[-1]} ({len(labels)})"
+                self.boxes[at] = replace(box, lines=(*box.lines, _line(f"⇠ {text}", "credit")))
 
     def picture(self, view: str, sideways: bool = False) -> Picture:
         caption = f"minimises {objective_text(self.graph)}"
@@ -377,7 +392,8 @@ def _lines(graph: Graph, node: Node) -> tuple[Line, ...]:
     if isinstance(node, Sample):
         verb = " = " if node.value is not None else " ~ "
         title: Line = ((_short(node.name), "title"), (verb + graph.sites[node.name].distribution, "plain"))
-        badge = [_line(text, "accent")] if (text := estimator_text(node)) else []
+        styles: tuple[Style, Style] = ("accent", "small")
+        badge = [_line(text, style) for text, style in zip(estimator_texts(graph, node), styles, strict=False)]
         biased = node.estimator is not None and not node.estimator.unbiased
         return (title, *shape, *badge, *([_line("biased", "warn")] if biased else []))
     if isinstance(node, Cost):
@@ -435,14 +451,17 @@ def _tooltip(graph: Graph, nodes: list[Node]) -> str:
     if isinstance(last, Sample):
         dist = graph[last.dist]
         texts = [f"{last.name} ~ {dist.describe()}", f"shape {last.type}"]
-        texts += [f"estimator {estimator_text(last)}: {last.reason}".rstrip(": ")] if estimator_text(last) else []
+        chosen = ", ".join(estimator_texts(graph, last)) or "no estimator"
+        texts.append(f"{chosen}: {last.reason}" if last.reason else chosen)
         texts += [f"credited costs: {', '.join(last.credits)}"] if last.credits else []
         return "\n".join([*texts, last.loc]).strip()
     return "\n".join(_at_most([_value_text(node) for node in nodes], 14))
 
 
 def _value_text(node: Node) -> str:
-    return " ".join(_short(part, 90) for part in (str(node).partition("  # ")[0], f"({node.loc})" if node.loc else "") if part)
+    return " ".join(
+        _short(part, 90) for part in (str(node).partition("  # ")[0], f"({node.loc})" if node.loc else "") if part
+    )
 
 
 def _line(text: str, style: Style) -> Line:

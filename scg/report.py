@@ -1,9 +1,9 @@
 """What the compiler decided and why, one row a site: as a terminal table, as Markdown, as HTML.
 
-    >>> print(compiled.explain())                                                              # doctest: +SKIP
-    vae: minimises E[nll + kl]
-    site  distribution  shape           estimator      why                 credited costs  biased?  rows  where
-    z     Bernoulli     f32[K | 50, 8]  leave_one_out  2^8 too many to sum  nll (dim 0 tied)  no      4     vae.py:4
+>>> print(compiled.explain())                                                              # doctest: +SKIP
+vae: minimises E[nll + kl]
+site  distribution  shape           estimator      why                 credited costs  biased?  rows  where
+z     Bernoulli     f32[K | 50, 8]  leave_one_out  2^8 too many to sum  nll (dim 0 tied)  no      4     vae.py:4
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 
+from scg.estimators.base import EnumeratingEstimator, Estimator
+from scg.estimators.score_function import ScoreFunction
 from scg.ir import Graph, Sample
-
-Credits = Mapping[tuple[str, str], str]
-"""Which cost node teaches which site, ``(site, cost) -> tied dims``; the text is empty where nothing is known of dims."""
 
 _WRAP = 36
 """Widest cell of the terminal table; longer texts go over several lines."""
@@ -94,9 +93,8 @@ class Report:
         facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in self.summary.items())
         body = "".join(f'<tr data-site="{html.escape(row.site)}">{cells(row, "td")}</tr>' for row in self.rows)
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return (
-            f"<dl>{facts}</dl><table><thead><tr>{cells(TITLES, 'th')}</tr></thead><tbody>{body}</tbody></table>"
-            + (f'<ul class="notes">{notes}</ul>' if notes else "")
+        return f"<dl>{facts}</dl><table><thead><tr>{cells(TITLES, 'th')}</tr></thead><tbody>{body}</tbody></table>" + (
+            f'<ul class="notes">{notes}</ul>' if notes else ""
         )
 
     def _repr_html_(self) -> str:
@@ -107,7 +105,6 @@ def explain(
     graph: Graph,
     *,
     notes: Iterable[str] = (),
-    credits: Credits | None = None,
     evaluations: Mapping[str, int] | None = None,
 ) -> Report:
     """What was decided for every site of ``graph``.
@@ -115,10 +112,8 @@ def explain(
     Args:
         graph: after the passes; of a graph as traced, the report says what the user's program holds.
         notes: remarks and warnings of the passes.
-        credits: tied dims of every credit edge; taken from the sites' ``credits`` when absent.
-        evaluations: rows of downstream costs a step, by site.
+        evaluations: rows of downstream costs a step, by site, where they are known better than from the draws.
     """
-    edges = credit_edges(graph, credits)
     sites: list[Sample] = graph.of(Sample)
     summary = {"objective": objective_text(graph)}
     if graph.costs:
@@ -126,35 +121,45 @@ def explain(
             f"{cost.label} {cost.type}" + (f" ({cost.loc})" if cost.loc else "") for cost in graph.costs.values()
         )
     summary["sites"] = str(len(sites))
-    dims = dict.fromkeys(dim for site in sites for dim in site.tensor.sample)
-    if dims:
-        summary["sample dims"] = ", ".join(dims)
-    rows = tuple(_row(graph, site, edges, evaluations or {}) for site in sites)
+    summary["samples"] = str(graph.samples)
+    rows = tuple(_row(graph, site, evaluations or {}) for site in sites)
     return Report(f"{graph.name}: minimises {objective_text(graph)}", summary, rows, tuple(notes))
 
 
-def _row(graph: Graph, site: Sample, edges: Credits, evaluations: Mapping[str, int]) -> Row:
-    costs = (
-        graph.costs[cost].label + (f" ({dims})" if dims else "") for (name, cost), dims in edges.items() if name == site.name
-    )
-    estimator = site.estimator
-    count = evaluations.get(site.name, getattr(estimator, "samples", None))
+def _row(graph: Graph, site: Sample, evaluations: Mapping[str, int]) -> Row:
+    costs = [
+        f"{graph.costs[cost].label} ({edge.label})" for (name, cost), edge in graph.credit.items() if name == site.name
+    ]
+    estimator: Estimator | None = site.estimator
+    rows = str(evaluations.get(site.name, _draws(graph, estimator)))
+    if isinstance(estimator, EnumeratingEstimator) and site.name not in evaluations:
+        rows = "all outcomes"
     return Row(
         site=site.name,
         distribution=graph.sites[site.name].distribution,
         shape=str(site.type),
-        estimator=estimator_text(site) or "—",
+        estimator=", ".join(estimator_texts(graph, site)) or "—",
         why=site.reason or "—",
         costs=", ".join(costs) or "none",
         biased="—" if estimator is None else "no" if estimator.unbiased else "BIASED",
-        rows=str(count) if count else "1" if estimator else "—",
+        rows=rows if estimator else "—",
         where=site.loc or "—",
     )
 
 
-def estimator_text(site: Sample) -> str:
-    """The name of a site's estimator, "data" of a draw without gradient, else nothing."""
-    return "data" if site.data else site.estimator.name if site.estimator is not None else ""
+def estimator_texts(graph: Graph, site: Sample) -> list[str]:
+    """The name of a site's estimator and of its baseline; "data" of a draw without gradient; else nothing."""
+    if site.data:
+        return ["data"]
+    estimator: Estimator | None = site.estimator
+    if isinstance(estimator, ScoreFunction):
+        baseline = estimator.resolve(_draws(graph, estimator)).name
+        return [estimator.name, *([baseline] if baseline not in ("", "none") else [])]
+    return [estimator.name] if estimator is not None else []
+
+
+def _draws(graph: Graph, estimator: Estimator | None) -> int:
+    return graph.samples * ((estimator.samples if estimator is not None else None) or 1)
 
 
 def objective_text(graph: Graph) -> str:
@@ -163,18 +168,3 @@ def objective_text(graph: Graph) -> str:
     if len(labels) > 6:
         labels = [*labels[:5], "…", labels[-1]]
     return f"E[{' + '.join(labels)}]"
-
-
-def credit_edges(graph: Graph, credits: Credits | None = None) -> dict[tuple[str, str], str]:
-    """``(site, cost node) -> tied dims`` of every credit edge, in program order.
-
-    Args:
-        graph: after credit assignment.
-        credits: the edges with their dims; when absent, those of the sites' ``credits``, without dims.
-    """
-    if credits is not None:
-        return {edge: dims for edge, dims in credits.items() if edge[0] in graph.nodes and edge[1] in graph.costs}
-    by_label: dict[str, list[str]] = {}
-    for cost in graph.costs.values():
-        by_label.setdefault(cost.label, []).append(cost.name)
-    return {(site.name, cost): "" for site in graph.of(Sample) for label in site.credits for cost in by_label.get(label, ())}

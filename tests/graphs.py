@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
 from scg.estimators import ESTIMATORS
-from scg.ir import Cost, Dist, Graph, Input, LogProb, Node, Op, Opaque, Param, Ref, Sample, TensorType
+from scg.ir import Cost, CreditEdge, Dist, Graph, Input, LogProb, Node, Op, Opaque, Param, Ref, Sample, TensorType
 from scg.template import flatten
 
 aten = torch.ops.aten
@@ -50,7 +50,9 @@ class Maker:
         template, _ = flatten(dist)
         return self._add(Dist(name=name, template=template, params=params, loc=self._loc(line)))
 
-    def sample(self, name: str, dist: Ref, shape: Sequence[int], line: int, dims: tuple[str, ...] = (), **kw: Any) -> Ref:
+    def sample(
+        self, name: str, dist: Ref, shape: Sequence[int], line: int, dims: tuple[str, ...] = (), **kw: Any
+    ) -> Ref:
         return self._add(Sample(name=name, type=tensor(shape, dims), dist=dist, loc=self._loc(line), **kw))
 
     def log_prob(self, name: str, dist: Ref, value: Ref, shape: Sequence[int], line: int = 0) -> Ref:
@@ -62,16 +64,30 @@ class Maker:
     def cost(self, name: str, value: Ref, shape: Sequence[int], line: int, label: str = "") -> Ref:
         return self._add(Cost(name=name, type=tensor(shape), value=value, label=label or name, loc=self._loc(line)))
 
-    def graph(self, objective: Ref, tail: Sequence[str] = ()) -> Graph:
-        return Graph(self.name, self.nodes, objective, objective, tail=frozenset(tail))
+    def graph(
+        self, objective: Ref, tail: Sequence[str], credit: Mapping[tuple[str, str], str], samples: int = 1
+    ) -> Graph:
+        """The graph; ``credit`` holds one letter for each dim of the site: t(ied) or m(ixed)."""
+        words = {"t": "tied", "m": "mixed"}
+        edges = {
+            (site, cost): CreditEdge(
+                site,
+                cost,
+                axes=tuple(i if letter == "t" else None for i, letter in enumerate(letters)),
+                mixed=tuple(letter == "m" for letter in letters),
+                words=tuple(words[letter] for letter in letters),
+            )
+            for (site, cost), letters in credit.items()
+        }
+        return Graph(self.name, self.nodes, objective, objective, credit=edges, samples=samples, tail=frozenset(tail))
 
 
 def tensor(shape: Sequence[int], dims: tuple[str, ...] = ()) -> TensorType:
     return TensorType(torch.float32, tuple(shape), sample=dims)
 
 
-def vae(b: int = 128) -> tuple[Graph, dict[tuple[str, str], str]]:
-    """A discrete VAE after the passes, with its credit edges."""
+def vae(b: int = 128) -> Graph:
+    """A discrete VAE after the passes."""
     m = Maker("VAE", "vae.py")
     x = m.input("x", b, 784)
     h = m.op("h", aten.tanh.default, m.linear("enc.0", x, 784, 200, (b,), 9), shape=(b, 200), scope="enc.1", line=9)
@@ -86,19 +102,23 @@ def vae(b: int = 128) -> tuple[Graph, dict[tuple[str, str], str]]:
     prior = m.dist("prior", Bernoulli(logits=torch.zeros(32)), m.param("prior_logits", 32), line=12)
     lq, lr = m.log_prob("lq", q, z, (b, 32), 12), m.log_prob("lr", prior, z, (b, 32), 12)
     kl = m.cost("kl", m.op("d", aten.sub.Tensor, lq, lr, shape=(b, 32), line=12), (b, 32), 12)
-    tail = [m.op("t1", aten.sum.dim_IntList, kl, [-1], shape=(b,)), m.op("t2", aten.add.Tensor, nll, Ref("t1"), shape=(b,))]
+    tail = [
+        m.op("t1", aten.sum.dim_IntList, kl, [-1], shape=(b,)),
+        m.op("t2", aten.add.Tensor, nll, Ref("t1"), shape=(b,)),
+    ]
     loss = m.op("loss", aten.mean.default, tail[-1])
-    edges = {("z", "nll"): "batch tied", ("z", "kl"): "batch, latent tied"}
-    return m.graph(loss, [*tail, loss]), edges
+    return m.graph(loss, [*tail, loss], {("z", "nll"): "tm", ("z", "kl"): "tt"}, samples=4)
 
 
-def belief_net(b: int = 100) -> tuple[Graph, dict[tuple[str, str], str]]:
+def belief_net(b: int = 100) -> Graph:
     """Two stochastic layers and three costs."""
     m = Maker("SigmoidBeliefNet", "sbn.py")
     x = m.input("x", b, 784)
     score = ESTIMATORS["score_function"]()
     q1 = m.dist("q1", Bernoulli(logits=torch.zeros(b, 200)), m.linear("enc1", x, 784, 200, (b,), 7))
-    z1 = m.sample("z1", q1, (b, 200), 8, ("K",), estimator=score, reason="support too large", credits=("nll", "kl1", "kl2"))
+    z1 = m.sample(
+        "z1", q1, (b, 200), 8, ("K",), estimator=score, reason="support too large", credits=("nll", "kl1", "kl2")
+    )
     q2 = m.dist("q2", Bernoulli(logits=torch.zeros(b, 200)), m.linear("enc2", z1, 200, 200, (b,), 9))
     z2 = m.sample("z2", q2, (b, 200), 10, ("K",), estimator=score, reason="support too large", credits=("kl1", "kl2"))
     p0 = m.dist("p0", Bernoulli(logits=torch.zeros(b, 784)), m.linear("dec1", z1, 200, 784, (b,), 11))
@@ -111,11 +131,8 @@ def belief_net(b: int = 100) -> tuple[Graph, dict[tuple[str, str], str]]:
     kl2 = m.cost("kl2", m.op("k2", aten.sub.Tensor, lq2, lp2, shape=(b, 200)), (b, 200), 13)
     tail = [m.op("t1", aten.add.Tensor, nll, kl1), m.op("t2", aten.add.Tensor, Ref("t1"), kl2)]
     loss = m.op("loss", aten.mean.default, tail[-1])
-    edges = {
-        ("z1", "nll"): "batch tied", ("z1", "kl1"): "batch tied", ("z1", "kl2"): "batch tied",
-        ("z2", "kl1"): "batch tied", ("z2", "kl2"): "batch, dim 1 tied",
-    }  # fmt: skip
-    return m.graph(loss, [*tail, loss]), edges
+    edges = {("z1", "nll"): "tm", ("z1", "kl1"): "tm", ("z1", "kl2"): "tm", ("z2", "kl1"): "tm", ("z2", "kl2"): "tt"}
+    return m.graph(loss, [*tail, loss], edges, samples=4)
 
 
 def reward(state: Any, action: Any) -> Any:
@@ -123,12 +140,12 @@ def reward(state: Any, action: Any) -> Any:
     return state
 
 
-def policy(steps: int = 4, b: int = 32) -> tuple[Graph, dict[tuple[str, str], str]]:
+def policy(steps: int = 4, b: int = 32) -> Graph:
     """A policy rolled out for some steps; each action is credited with the rewards that follow it."""
     m = Maker("Rollout", "policy.py")
     state = m.input("s", b, 4)
     weight, bias = m.param("pi.weight", 3, 4), m.param("pi.bias", 3)
-    enumerate_, score = ESTIMATORS["enumerate"](), ESTIMATORS["score_function"]()
+    enumeration, score = ESTIMATORS["enumerate"](), ESTIMATORS["score_function"]()
     edges: dict[tuple[str, str], str] = {}
     costs: list[Ref] = []
     for t in range(steps):
@@ -136,9 +153,9 @@ def policy(steps: int = 4, b: int = 32) -> tuple[Graph, dict[tuple[str, str], st
         logits = m.op(f"logits_{t}", aten.linear.default, state, weight, bias, shape=(b, 3), scope="pi", line=6)
         pi = m.dist(f"pi_{t}", Categorical(logits=torch.zeros(b, 3)), logits, line=6)
         name, later = f"a_{t}" if t else "a", tuple(f"cost_{i}" for i in range(t, steps))
-        estimator, why = (enumerate_, "3 outcomes") if last else (score, "what follows cannot be enumerated")
+        estimator, why = (enumeration, "3 outcomes") if last else (score, "what follows cannot be enumerated")
         action = m.sample(name, pi, (b,), 7, ("K",), estimator=estimator, reason=why, credits=later)
-        edges |= {(name, cost): "batch tied" for cost in later}
+        edges |= {(name, cost): "t" for cost in later}
         r = m.opaque(f"r_{t}", reward, state, action, shape=(b,), line=8)
         costs.append(m.cost(f"cost_{t}", m.op(f"neg_{t}", aten.neg.default, r, shape=(b,), line=9), (b,), 9))
         if not last:
@@ -146,7 +163,7 @@ def policy(steps: int = 4, b: int = 32) -> tuple[Graph, dict[tuple[str, str], st
             state = m.op(f"s_{t}", aten.add.Tensor, state, moved, shape=(b, 4), line=10)
     total = m.op("total", aten.stack.default, costs, shape=(steps, b))
     loss = m.op("loss", aten.sum.default, total)
-    return m.graph(loss, [total, loss]), edges
+    return m.graph(loss, [total, loss], edges, samples=2)
 
 
 def hostile() -> Graph:
@@ -157,4 +174,4 @@ def hostile() -> Graph:
     dist = m.dist("d", Normal(torch.zeros(2), torch.ones(2)), loc, m.param("σ\x00\x1b", 2))
     z = m.sample(evil + "z", dist, (2,), 1, method="rsample", estimator=ESTIMATORS["reparam"](), credits=(evil + "c",))
     cost = m.cost(evil + "c", m.op("sq", aten.square.default, z, shape=(2,)), (2,), 2)
-    return m.graph(m.op("loss", aten.sum.default, cost), ["loss"])
+    return m.graph(m.op("loss", aten.sum.default, cost), ["loss"], {(z, cost): "t"})
