@@ -44,7 +44,6 @@ def svg(dot: str, label: str) -> str:
         _native_tooltip(group)
     for element in root.iter():
         element.attrib.pop("id", None)  # several pictures may stand in one page
-        element.attrib.pop("{http://www.w3.org/XML/1998/namespace}space", None)
     root.attrib |= {"class": "scg", "role": "img", "aria-label": label}
     style = ET.Element(f"{{{_SVG}}}style")
     style.text = _DARK
