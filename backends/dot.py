@@ -38,7 +38,7 @@ _SHAPES: dict[Kind, str] = {
     "cost": 'shape=diamond penwidth=1.6 margin="0.04,0.05"',
     "block": 'shape=box style="filled,rounded"',
     "opaque": "shape=box peripheries=2",
-    "value": 'shape=plain style="" margin="0.03"',
+    "value": 'shape=box penwidth=0 width=0 height=0 margin="0.04,0.02"',
 }
 _COLOURS: dict[Kind, tuple[str, str]] = {
     "site": ("site", "site line"),
@@ -127,7 +127,8 @@ def _font(text: str, template: str, role: str, size: int) -> str:
 
 def _legend(picture: Picture) -> str:
     """Title, caption and the meaning of the shapes that occur."""
-    kinds = {box.kind for box in picture.boxes} | {arrow.kind for arrow in picture.arrows}
+    kinds: set[str] = {box.kind for box in picture.boxes} | {arrow.kind for arrow in picture.arrows}
+    kinds |= {style for box in picture.boxes for line in box.lines for _, style in line}
     entries = [
         ("site", "site line", "●", "stochastic"),
         ("cost", "cost line", "◆", "cost"),

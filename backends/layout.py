@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
@@ -10,6 +11,7 @@ from scg.backends.dot import PALETTE
 from scg.errors import ScgError
 
 _SVG = "http://www.w3.org/2000/svg"
+_SPACE = "{http://www.w3.org/XML/1998/namespace}space"
 _TITLE = "{http://www.w3.org/1999/xlink}title"
 
 
@@ -42,6 +44,8 @@ def svg(dot: str, label: str) -> str:
     ET.register_namespace("", _SVG)
     for group in root.iter(f"{{{_SVG}}}g"):
         _native_tooltip(group)
+        if "node" in group.get("class", ""):
+            _centre(group)
     for element in root.iter():
         element.attrib.pop("id", None)  # several pictures may stand in one page
     root.attrib |= {"class": "scg", "role": "img", "aria-label": label}
@@ -72,6 +76,27 @@ def _native_tooltip(group: ET.Element) -> None:
         title.text = tooltip
     else:
         group.remove(title)
+
+
+def _centre(group: ET.Element) -> None:
+    """Centres every line of a node's label on the node: graphviz places pieces by the widths of its own fonts."""
+    shape = next((e for tag in ("ellipse", "polygon", "path") for e in group.iter(f"{{{_SVG}}}{tag}")), None)
+    if shape is None:
+        return
+    numbers = re.findall(r"-?[\d.]+", shape.get("points") or shape.get("d") or "")
+    xs = [float(x) for x in numbers[::2]] or [float(shape.get("cx", 0))]
+    centre = f"{(min(xs) + max(xs)) / 2:.2f}"
+    lines: dict[str, list[ET.Element]] = {}
+    for text in group.findall(f"{{{_SVG}}}text"):
+        lines.setdefault(text.get("y", ""), []).append(text)
+        group.remove(text)
+    for y, pieces in lines.items():
+        line = ET.SubElement(
+            group, f"{{{_SVG}}}text", {"x": centre, "y": y, "text-anchor": "middle", _SPACE: "preserve"}
+        )
+        for piece in pieces:
+            style = {key: value for key, value in piece.attrib.items() if key not in ("x", "y", "text-anchor", _SPACE)}
+            ET.SubElement(line, f"{{{_SVG}}}tspan", style).text = piece.text
 
 
 _DARK = "\n".join(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -414,7 +414,7 @@ def _params_lines(nodes: list[Node]) -> tuple[Line, ...]:
     return (_line(", ".join(_at_most(names, 3)), "plain"), _line(f"θ {_count(nodes)}", "small"))
 
 
-def _count(params: list[Node]) -> str:
+def _count(params: Sequence[Node]) -> str:
     """How many numbers: ``7,850``, ``51k``, ``124M``."""
     total = sum(math.prod(node.tensor.shape) for node in params)
     for unit, scale in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
