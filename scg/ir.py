@@ -314,6 +314,36 @@ class Depends(Node):
 
 
 @dataclass(frozen=True)
+class CreditEdge:
+    """Which elements of a cost teach which elements of a site: a box of site elements for each cost element."""
+
+    site: str
+    cost: str
+    """Name of the `Cost` node."""
+    axes: tuple[int | None, ...]
+    """Per element dim of the site: the cost's dim that is tied to it (index a sees index a), or None."""
+    mixed: tuple[bool, ...]
+    """Per element dim of the site: every cost element sees all of it."""
+    words: tuple[str, ...]
+    """Per element dim of the site, for people: ``tied``, ``banded``, ``mixed`` or ``boxes``."""
+    lo: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+    """Where neither tied nor mixed says it all: first site index per cost element, one tensor a site dim."""
+    hi: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+    """Last site index, inclusive; below ``lo`` where the cost element does not depend on the site."""
+
+    @property
+    def simple(self) -> bool:
+        """Every dim is tied or mixed: sums and broadcasts are enough."""
+        return not self.lo
+
+    @property
+    def label(self) -> str:
+        """The tied dims for an edge of a picture: ``tied 0, 1``."""
+        groups = [f"{word} {i}" for i, word in enumerate(self.words) if word != "mixed"]
+        return ", ".join(groups) if groups else "all"
+
+
+@dataclass(frozen=True)
 class Site:
     """What a person asks of a site: see `Graph.sites`."""
 
@@ -342,6 +372,10 @@ class Graph:
     """The model's whole return value: nested containers with `Ref`s where tensors stand."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     """Values of the `Param` nodes by path: the user's own objects, never copies."""
+    credit: Mapping[tuple[str, str], CreditEdge] = field(default_factory=dict, repr=False)
+    """(site, cost node) to which elements teach which (set by assign_credit)."""
+    samples: int = 1
+    """Draws of the whole program, set with the estimators; two or more make the sample dim ``K``."""
     tail: frozenset[str] = frozenset()
     """Names of the nodes between the costs and the objective, a map linear in the costs (set by split_costs)."""
 

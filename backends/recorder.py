@@ -1,0 +1,233 @@
+"""Records what torch functions do to fake tensors as one flat ``torch.fx`` graph.
+
+The interpreter in `scg.backends.lowering` is ordinary tensor code; run under a `Recorder` it leaves behind exactly the
+calls it made (the first Futamura projection), bound to the public ``torch.*`` functions and with equal expressions
+shared. Nothing of the interpreter is left at run time.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from scg.errors import LoweringError
+
+@contextmanager
+def compile_time() -> Iterator[None]:
+    """Inside, tensors are real and nothing is recorded: for what is computed once, before the program runs."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
+_RANDOM = {
+    "bernoulli", "multinomial", "normal", "rand", "randn", "randint", "randperm", "rand_like", "randn_like",
+    "randint_like", "poisson", "binomial", "_standard_gamma", "_sample_dirichlet", "dropout", "alpha_dropout",
+    "feature_dropout", "feature_alpha_dropout", "rrelu", "rrelu_with_noise", "scaled_dot_product_attention", "gru",
+    "lstm", "rnn_tanh", "rnn_relu", "native_dropout", "empty", "empty_like", "new_empty", "new", "batch_norm",
+    "fractional_max_pool2d", "fractional_max_pool3d",
+}  # fmt: skip
+"""Functions of which two equal calls must stay two calls: they draw, or hand out fresh memory, or update a buffer."""
+
+_READABLE: dict[str, Callable[..., Any]] = {
+    "add": operator.add, "__radd__": operator.add, "sub": operator.sub, "mul": operator.mul, "__rmul__": operator.mul,
+    "div": operator.truediv, "__truediv__": operator.truediv, "neg": operator.neg, "__getitem__": operator.getitem,
+    "gt": operator.gt, "lt": operator.lt, "ge": operator.ge, "le": operator.le, "matmul": operator.matmul,
+}  # fmt: skip
+"""Tensor methods written as Python operators in the generated code."""
+
+
+def _is_method(func: Callable[..., Any]) -> bool:
+    return isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType))
+
+
+def _function_name(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", "")
+    return getattr(func, "_opname", name) if isinstance(func, torch._ops.OpOverload) else name
+
+
+class Recorder(TorchFunctionMode):
+    """While active, every torch function call on tensors is run on fakes and appended to `graph`."""
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake_mode = fake_mode
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.hint = ""
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []  # ids are only unique among living objects
+        self._shared: dict[Hashable, Any] = {}
+        self._constant_of: dict[int, Tensor] = {}
+        self._placeholders: list[fx.Node] = []
+        self.externals: dict[int, str] = {}
+        """Names of real tensors that are to become arguments when they are first met (estimator state), by id."""
+        self.met: list[Tensor] = []
+        """The externals met, in the order of their placeholders."""
+
+    # -- inputs ---------------------------------------------------------------------------------------------------
+    def placeholder(self, name: str, tensor: Tensor) -> Tensor:
+        """A fake stand-in for ``tensor``, an argument of the recorded program called ``name``."""
+        fake = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        if isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad:
+            fake.requires_grad_(tensor.requires_grad)
+        anchor = self._placeholders[-1] if self._placeholders else self.graph._root
+        with self.graph.inserting_after(anchor):
+            self._placeholders.append(self.graph.placeholder(name))
+        return self._track(fake, self._placeholders[-1])
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """A fake stand-in for a real tensor fixed at compile time."""
+        known = self._constant_of.get(id(tensor))
+        if known is not None:
+            return known
+        if id(tensor) in self.externals:
+            with compile_time():
+                fake = self.placeholder(self.externals[id(tensor)], tensor)
+            self.met.append(tensor)
+            self._constant_of[id(tensor)] = fake
+            return fake
+        name = f"const_{len(self.constants)}"
+        self.constants[name] = tensor
+        with compile_time():
+            fake = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+        self._constant_of[id(tensor)] = self._track(fake, self.graph.get_attr(name))
+        self._alive.append(tensor)
+        return fake
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """The fx node that holds ``tensor``."""
+        found = self._nodes.get(id(tensor))
+        if found is None:
+            found = self._nodes[id(self.constant(tensor))]
+        return found
+
+    @contextmanager
+    def named(self, hint: str) -> Iterator[None]:
+        """Names the calls recorded inside after the graph node they compute."""
+        before, self.hint = self.hint, hint
+        try:
+            yield
+        finally:
+            self.hint = before
+
+    # -- recording ------------------------------------------------------------------------------------------------
+    def __torch_function__(
+        self, func: Callable[..., Any], types_: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _function_name(func)
+        if name == "__get__":
+            return self._property(func, args)
+        if name == "__setitem__":
+            raise LoweringError("an estimator or distribution writes into a tensor; use torch.where or scatter instead")
+        plain = [key for key, value in kwargs.items() if value is not None]
+        if func is F.binary_cross_entropy_with_logits and plain == ["reduction"] and kwargs["reduction"] == "none":
+            return self.call(torch.binary_cross_entropy_with_logits, *args, None, None, 0)  # the built-in it calls
+        return self.call(func, *args, **kwargs)
+
+    def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs ``func`` on fakes and records it as one call, whatever it does inside."""
+        flat, spec = tree_flatten((args, kwargs))
+        flat = [self.constant(a) if isinstance(a, Tensor) and not isinstance(a, FakeTensor) else a for a in flat]
+        if not torch.is_grad_enabled():  # the flat graph has no no_grad regions: stop the gradient at the door
+            flat = [self._stopped(a) if isinstance(a, Tensor) else a for a in flat]
+        args, kwargs = tree_unflatten(flat, spec)
+        name = _function_name(func)
+        in_place = name.endswith("_") and not name.endswith("__")
+        key = None if in_place or name in _RANDOM else self._key(func, flat, spec)
+        if key is not None and key in self._shared:
+            return self._shared[key]
+        with torch._C.DisableTorchFunction():
+            out = getattr(func, "fake", func)(*args, **kwargs)
+        if not _has_tensor(out):
+            return out
+        if isinstance(out, Tensor) and id(out) in self._nodes and not in_place:
+            return out  # the function handed its argument back
+        node_args, node_kwargs = tree_map_only(Tensor, self.node, (args, kwargs))
+        target = func if node_kwargs else _READABLE.get(name, func) if _is_method(func) else func
+        node = self.graph.create_node("call_function", target, node_args, node_kwargs, name=self.hint or None)
+        if in_place:
+            node.meta["effect"] = True
+            self._nodes[id(out)] = node
+            return out
+        node.meta["effect"] = getattr(func, "effect", False) or (name == "batch_norm" and bool(args[5]))
+        out = self._track_all(out, node)
+        if key is not None:
+            self._shared[key] = out
+        return out
+
+    def _property(self, func: Any, args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            out = func(*args)
+        name = func.__self__.__name__
+        if isinstance(out, Tensor) and name in ("T", "mT", "H", "mH", "real", "imag"):
+            return self.call(getattr, args[0], name)
+        return self.call(torch.Tensor.detach, args[0]) if name == "data" else out
+
+    def _stopped(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        with torch.enable_grad():
+            return self.call(torch.Tensor.detach, tensor)  # type: ignore[no-any-return]
+
+    def _key(self, func: Callable[..., Any], flat: list[Any], spec: Any) -> Hashable | None:
+        parts: list[Hashable] = [func, str(spec)]
+        for item in flat:
+            if isinstance(item, Tensor):
+                parts.append(self.node(item))
+            else:
+                try:
+                    hash(item)
+                except TypeError:
+                    return None
+                parts.append((type(item), item))
+        return tuple(parts)
+
+    def _track(self, fake: Tensor, node: fx.Node) -> Tensor:
+        self._nodes[id(fake)] = node
+        self._alive.append(fake)
+        return fake
+
+    def _track_all(self, out: Any, node: fx.Node) -> Any:
+        if isinstance(out, Tensor):
+            return self._track(out, node)
+        if isinstance(out, (tuple, list)):
+            for i, item in enumerate(out):
+                if _has_tensor(item):
+                    self._track_all(item, self.graph.call_function(operator.getitem, (node, i)))
+        return out
+
+
+def _has_tensor(out: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_flatten(out)[0])
+
+
+def active_recorder() -> Recorder | None:
+    """The recorder in force, if any."""
+    stack = torch.overrides._get_current_function_mode_stack()
+    return next((mode for mode in reversed(stack) if isinstance(mode, Recorder)), None)
+
+
+def record_call(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls ``function`` as one leaf: under a recorder it becomes one call of the generated code."""
+    recorder = active_recorder()
+    return function(*args) if recorder is None else recorder.call(function, *args)
+
+
+def record_constant(make: Callable[[], Tensor]) -> Tensor:
+    """A tensor made at compile time, as the recorder in force sees it (the tensor itself where there is none)."""
+    recorder = active_recorder()
+    with compile_time():
+        made = make()
+    return made if recorder is None else recorder.constant(made)

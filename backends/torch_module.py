@@ -1,0 +1,138 @@
+"""Graph to program: the interpreter recorded as a flat ``torch.fx`` ``GraphModule``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from scg.analysis.influence import influence
+from scg.backends.coefficients import CoefficientRule
+from scg.backends.lowering import Interpreter
+from scg.backends.recorder import Recorder
+from scg.errors import LoweringError
+from scg.ir import Graph, Input, Node, Opaque, Param, Ref, Sample, map_refs
+
+
+@dataclass(frozen=True)
+class Program:
+    """A flat program and where its arguments come from."""
+
+    module: fx.GraphModule
+    """Takes the input tensors, then the captured ones, then estimator state; returns a tuple of tensors."""
+    inputs: tuple[int, ...]
+    """Positions among the tensor leaves of the call."""
+    captured: tuple[str, ...]
+    """Paths of parameters and buffers."""
+    state: tuple[Tensor, ...]
+    """Estimator state."""
+
+    @property
+    def code(self) -> str:
+        """The generated Python source."""
+        return str(self.module.code).strip() + "\n"
+
+
+def build(
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    captured: Mapping[str, Tensor],
+    states: Mapping[str, nn.Module],
+    *,
+    training: bool,
+    learning: bool,
+    debug: bool = False,
+) -> Program:
+    """Records one program of ``graph``.
+
+    Args:
+        graph: after all passes.
+        inputs: the tensor leaves of the call, by `Input.position`.
+        captured: live parameters and buffers by path; other tensors of the graph are constants.
+        states: estimator state by site.
+        training: whether running statistics of baselines move.
+        learning: whether gradients are enabled: else no terms are built.
+        debug: check every distribution's parameters at run time.
+    """
+    recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=False))
+    used_inputs: list[int] = []
+    used_captured: list[str] = []
+
+    def fetch(node: Node) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            if isinstance(node, Input):
+                used_inputs.append(node.position)
+                return recorder.placeholder(_identifier(node.path), inputs[node.position])
+            assert isinstance(node, Param)
+            if node.path in captured:
+                used_captured.append(node.path)
+                return recorder.placeholder(_identifier(node.path), captured[node.path])
+            return recorder.constant(graph.tensors[node.path])
+
+    ordered = [*graph.of(Input), *(p for p in graph.of(Param) if p.path in captured)]
+    ready = {node.name: fetch(node) for node in ordered}  # arguments first, in the order they are passed
+    for site, module in states.items():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            recorder.externals[id(tensor)] = _identifier(f"{site}_{name}")
+    interpreter = Interpreter(
+        graph,
+        influence(graph, [node.name for node in graph.of(Sample)]),
+        lambda node: ready[node.name] if node.name in ready else fetch(node),
+        CoefficientRule(graph),
+        states,
+        training=training,
+        learning=learning,
+        debug=debug,
+    )
+    with recorder.fake_mode, torch.set_grad_enabled(learning), recorder:
+        outputs = interpreter.run(recorder.named)
+    leaves: list[Tensor] = []
+    flatten_outputs(outputs, leaves.append)
+    recorder.graph.output(tuple(recorder.node(leaf) for leaf in leaves))
+    recorder.graph.eliminate_dead_code(is_impure_node=lambda n: bool(n.meta.get("effect")) or n.op in ("placeholder", "output"))
+    root = nn.Module()
+    for name, tensor in recorder.constants.items():
+        root.register_buffer(name, tensor, persistent=False)
+    module = fx.GraphModule(root, recorder.graph, "Surrogate")
+    return Program(module, tuple(used_inputs), tuple(used_captured), tuple(recorder.met))
+
+
+def compile_inductor(graph: Graph, program: Program) -> Callable[..., Any]:
+    """The program through ``torch.compile`` as one full graph."""
+    for node in graph.of(Opaque):
+        raise LoweringError(
+            f"%{node.name} ({node.loc}): inductor cannot call the opaque function {node.fn.__qualname__}; use "
+            f"backend='eager'"
+        )
+    return torch.compile(program.module, fullgraph=True, dynamic=False)  # type: ignore[no-any-return]
+
+
+def flatten_outputs(outputs: Any, add: Callable[[Tensor], None]) -> None:
+    """Calls ``add`` on every tensor of a nested structure, in order."""
+    if isinstance(outputs, Tensor):
+        add(outputs)
+    elif isinstance(outputs, dict):
+        for item in outputs.values():
+            flatten_outputs(item, add)
+    elif isinstance(outputs, (tuple, list)):
+        for item in outputs:
+            flatten_outputs(item, add)
+
+
+def unflatten_outputs(outputs: Any, leaves: Sequence[Tensor]) -> Any:
+    """The structure ``outputs`` of the IR with ``leaves`` in the place of its references."""
+    queue = iter(leaves)
+    return map_refs(lambda _: next(queue), outputs)
+
+
+def _identifier(path: str) -> str:
+    name = re.sub(r"\W", "_", path)
+    return f"_{name}" if not name or name[0].isdigit() else name
+
+
+__all__ = ["Program", "Ref", "build", "compile_inductor", "unflatten_outputs"]

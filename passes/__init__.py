@@ -1,0 +1,35 @@
+"""The passes, and the order they run in, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from scg.ir import Graph
+from scg.passes.clean import eliminate_dead_code, share
+from scg.passes.credit import assign_credit
+from scg.passes.insert_estimators import InsertEstimators
+from scg.passes.normalize import normalize
+from scg.passes.split_costs import split_costs
+
+Pass = Callable[[Graph], Graph]
+
+
+def pipeline(insert: InsertEstimators, credit: str = "element") -> tuple[tuple[str, Pass], ...]:
+    """Name and pass, in order, for the given options."""
+
+    def split(graph: Graph) -> Graph:
+        return split_costs(graph, credit)
+
+    def assign(graph: Graph) -> Graph:
+        return assign_credit(graph, credit)
+
+    return (
+        ("normalize", normalize),
+        ("split_costs", split),
+        ("assign_credit", assign),
+        ("insert_estimators", insert),
+    )
+
+
+__all__: list[Any] = ["InsertEstimators", "Pass", "eliminate_dead_code", "pipeline", "share"]

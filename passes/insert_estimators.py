@@ -1,0 +1,221 @@
+"""Estimator insertion: every site gets the object that will estimate its gradient, and the reason.
+
+    before   %z = sample f32[B, D | ]      %d credits=nll
+    after    %z = sample f32[K | B, D | ]  %d estimator=score_function credits=nll
+
+``auto`` takes reparam where the whole path to every credited cost is differentiable and continuous, else exact
+enumeration where the support is small enough to pay, else the score function with the best baseline available.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scg.analysis.influence import Influence, influence
+from scg.analysis.smoothness import Smoothness, smoothness
+from scg.analysis.support import finite_support, moving_bound
+from scg.errors import EstimatorError
+from scg.estimators import ESTIMATORS, Estimator, get_estimator
+from scg.estimators.base import EnumeratingEstimator, SiteInfo
+from scg.estimators.rows import SAMPLES, enumeration_rows, own_dims
+from scg.estimators.score_function import ScoreFunction
+from scg.ir import Cost, Depends, Dist, Graph, Input, Node, Param, Sample, TensorType
+
+AUTO_ROWS = 32
+"""Most rows that ``auto`` enumerates at any node: beyond, draws are cheaper."""
+
+
+@dataclass(frozen=True)
+class InsertEstimators:
+    """The pass with its options; its fields are those of `scg.compile`."""
+
+    default: Any = "auto"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Glob over site names to estimator; the first match wins."""
+    samples: int = 1
+    allow_biased: bool = True
+
+    def __call__(self, graph: Graph) -> Graph:
+        """Fills ``estimator``, ``reason`` and the sample dims of every type.
+
+        Raises:
+            EstimatorError: for an estimator that does not fit, or a glob that matches no site.
+        """
+        names = [site.name for site in graph.of(Sample)]
+        for glob in self.overrides:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                raise EstimatorError(f"estimators={{{glob!r}: …}} matches no site; sites: {', '.join(names) or 'none'}")
+        choice = _Choice(self, graph)
+        decided = [choice.decide(site) for site in graph.of(Sample)]
+        return annotate_dims(graph.replace(*decided, samples=self.samples))
+
+
+class _Choice:
+    """One run over the sites in program order."""
+
+    def __init__(self, options: InsertEstimators, graph: Graph) -> None:
+        self.options, self.graph = options, graph
+        self.found: Influence = influence(graph)
+        self.smooth: Smoothness = smoothness(graph)
+        self.rows: dict[str, int] = {}
+        """Enumerated rows so far at each node."""
+
+    def decide(self, site: Sample) -> Sample:
+        graph, options = self.graph, self.options
+        requested, source = self._request(site)
+        if site.data:
+            return self._set(site, None, "drawn under no_grad: data")
+        learns = self._learns(site)
+        credited = [cost for name, cost in graph.credit if name == site.name]
+        if not credited and site.value is not None:
+            raise EstimatorError(
+                f"%{site.name} ({site.loc}) is replayed, but no cost is credited to it: declare the influence with "
+                f"scg.depends(reward, on={site.name}, dims=(…))"
+            )
+        explicit = get_estimator(requested)
+        info = self.info(site)
+        if explicit is not None and (source != "default" or learns or isinstance(explicit, EnumeratingEstimator)):
+            if not credited and source == "default":
+                return self._set(site, None, "influences no cost")
+            fits = explicit.check(info)
+            if not fits:
+                raise self._misfit(site, explicit, fits.reason, info)
+            if not explicit.unbiased and not options.allow_biased:
+                raise EstimatorError(
+                    f"%{site.name} ({site.loc}): {explicit.name!r} is biased and allow_biased=False was given; "
+                    f"unbiased and fitting: {', '.join(self._fitting(info, unbiased=True))}"
+                )
+            self._check_draws(site, explicit)
+            return self._set(site, explicit, f"asked for by {source}")
+        if not credited:
+            return self._set(site, None, "influences no cost")
+        if not learns:
+            return self._set(site, None, "no parameter to learn: exogenous noise")
+        return self._auto(site, info)
+
+    def _request(self, site: Sample) -> tuple[Any, str]:
+        for glob, spec in self.options.overrides.items():
+            if fnmatch.fnmatchcase(site.name, glob):
+                return spec, f"estimators[{glob!r}]"
+        if site.requested is not None:
+            return site.requested, "scg.sample(estimator=…)"
+        return self.options.default, "default"
+
+    def _auto(self, site: Sample, info: SiteInfo) -> Sample:
+        reparam, enumerate_, score = ESTIMATORS["reparam"](), ESTIMATORS["enumerate"](), ScoreFunction()
+        smooth = reparam.check(info)
+        if smooth:
+            return self._set(site, reparam, "the path to every credited cost is differentiable and continuous")
+        rows = self._joint_rows(site, info)
+        if enumerate_.check(info) and rows <= AUTO_ROWS:
+            return self._set(site, enumerate_, f"finite support: {info.rows} rows, exact")
+        fits = score.check(info)
+        if not fits:
+            raise self._misfit(site, score, fits.reason, info)
+        why = f"not reparam: {smooth.reason}"
+        if info.rows is not None and not site.value:
+            why += f"; not enumerate: {rows:.3g} rows is over {AUTO_ROWS}"
+        return self._set(site, score, why)
+
+    def _set(self, site: Sample, estimator: Estimator | None, reason: str) -> Sample:
+        if isinstance(estimator, EnumeratingEstimator):
+            rows = self.info(site).rows or 1
+            for name in self.graph.descendants([site.name]):
+                self.rows[name] = self.rows.get(name, 1) * rows
+        return dataclasses.replace(site, estimator=estimator, reason=reason)
+
+    def _joint_rows(self, site: Sample, info: SiteInfo) -> int:
+        rows = info.rows or 1
+        below = self.graph.descendants([site.name])
+        return max((rows * self.rows.get(node.name, 1) for node in self.graph.of(Cost, Sample) if node.name in below),
+                   default=rows)  # fmt: skip
+
+    def _check_draws(self, site: Sample, estimator: Estimator) -> None:
+        if not isinstance(estimator, ScoreFunction) or estimator.baseline != "leave_one_out":
+            return
+        draws = (1 if site.value is not None else self.options.samples) * (estimator.samples or 1)
+        if draws < 2:
+            raise EstimatorError(
+                f"%{site.name} ({site.loc}): the leave_one_out baseline needs two or more draws; give samples=2 to "
+                f"scg.compile or to the estimator, or use baseline='moving_average'"
+            )
+
+    def _learns(self, site: Sample) -> bool:
+        """Does any tensor upstream of the site's parameters ask for a gradient?"""
+        above = self.graph.ancestors(self.graph[site.dist].inputs)
+        return any(
+            node.requires_grad for node in map(self.graph.__getitem__, above) if isinstance(node, (Param, Input))
+        )
+
+    def _fitting(self, info: SiteInfo, *, unbiased: bool = False) -> list[str]:
+        names = []
+        for name, cls in ESTIMATORS.items():
+            if (fits := cls().check(info)) and (cls.unbiased or not unbiased):
+                names.append(name if cls.unbiased else f"{name} (biased)")
+            del fits
+        return names
+
+    def _misfit(self, site: Sample, estimator: Estimator, reason: str, info: SiteInfo) -> EstimatorError:
+        return EstimatorError(
+            f"%{site.name} (sample {info.family}, {site.loc}) cannot use {estimator.name!r}: {reason}.\n"
+            f"  Use one of: {', '.join(self._fitting(info)) or 'none fits'}."
+        )
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+    def info(self, site: Sample) -> SiteInfo:
+        """What the estimators may know of ``site``."""
+        dist = self.graph[site.dist]
+        assert isinstance(dist, Dist)
+        support = finite_support(self.graph, dist)
+        return SiteInfo(
+            name=site.name,
+            template=dist.template,
+            shape=site.tensor.shape,
+            event_ndim=site.tensor.event_ndim,
+            support=support,
+            rows=None if support is None else enumeration_rows(self.graph, self.found, site, len(support)),
+            replayed=site.value is not None or self._declared(site),
+            bound=moving_bound(self.graph, dist),
+            pathwise_break=self._break(site),
+            pathwise_only=self._pathwise_only(site),
+        )
+
+    def _declared(self, site: Sample) -> bool:
+        return any(node.on == site.name for node in self.graph.of(Depends))
+
+    def _break(self, site: Sample) -> str | None:
+        for name, cost in self.graph.credit:
+            if name == site.name and (found := self.smooth.break_between(site.name, cost)):
+                return f"its path to {self.graph[cost].label} is broken at {found.loc or '%' + found.node}: {found.why}"  # type: ignore[attr-defined]
+        return None
+
+    def _pathwise_only(self, site: Sample) -> str | None:
+        if site.method == "sample":
+            return None
+        for name, cost in self.graph.credit:
+            if name == site.name and self.smooth.live(name, cost) and self.smooth.stopped(name, cost):
+                label = self.graph[cost].label  # type: ignore[attr-defined]
+                return f"it was drawn by rsample and reaches {label} both with and without a stop-gradient"
+        return None
+
+
+def annotate_dims(graph: Graph) -> Graph:
+    """Writes the sample dims that each value will carry into its type."""
+    dims: dict[str, tuple[str, ...]] = {}
+    order: dict[str, int] = {SAMPLES: -1}
+    changed: list[Node] = []
+    for index, node in enumerate(graph):
+        own: tuple[str, ...] = ()
+        if isinstance(node, Sample):
+            order[node.name] = index
+            own = own_dims(node, graph.samples)
+        inherited = {dim for ref in node.inputs for dim in dims[ref]}
+        found = tuple(sorted(inherited | set(own), key=lambda dim: order[dim]))
+        dims[node.name] = () if node.name in graph.tail else found
+        if isinstance(node.type, TensorType) and node.type.sample != dims[node.name]:
+            changed.append(dataclasses.replace(node, type=dataclasses.replace(node.type, sample=dims[node.name])))
+    return graph.replace(*changed)

@@ -1,0 +1,38 @@
+"""The registry of gradient estimators: one file each, an explicit dict, nothing registered by import order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scg.errors import EstimatorError
+from scg.estimators.base import Estimator
+from scg.estimators.enumerate_ import Enumerate
+from scg.estimators.lookup import near_miss
+from scg.estimators.reparam import Reparam
+from scg.estimators.score_function import ScoreFunction
+
+ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (Reparam, ScoreFunction, Enumerate)}
+"""Name to class. Your own: ``ESTIMATORS["mine"] = Mine``, or pass an instance as ``estimator=``."""
+
+AUTO = "auto"
+"""Choose by smoothness and support: reparam, else exact enumeration, else score function."""
+
+
+def get_estimator(spec: Any) -> Estimator | None:
+    """The estimator object for a name or an object; None for ``"auto"``.
+
+    Raises:
+        EstimatorError: for an unknown name, with the near miss and all known ones.
+    """
+    if isinstance(spec, Estimator):
+        return spec
+    if spec is None or spec == AUTO:
+        return None
+    if isinstance(spec, type) and issubclass(spec, Estimator):
+        return spec()
+    if isinstance(spec, str) and spec in ESTIMATORS:
+        return ESTIMATORS[spec]()
+    raise EstimatorError(near_miss("estimator", spec, [AUTO, *ESTIMATORS]))
+
+
+__all__ = ["AUTO", "ESTIMATORS", "Estimator", "get_estimator"]

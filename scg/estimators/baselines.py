@@ -1,0 +1,134 @@
+"""Baselines: what may be subtracted from a score-type signal without changing its expectation.
+
+A baseline ``b`` of an element is legal when it does not depend on that element's own draw (Schulman et al. 2015).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from scg.estimators.base import Signal, SiteInfo
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Base of the built-in baselines."""
+
+    name: ClassVar[str] = ""
+
+    def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...]) -> nn.Module | None:
+        """Running or learned parts, owned by the compiled module."""
+        return None
+
+    def value(self, signal: Signal) -> Tensor | None:
+        """What to subtract, broadcastable to ``signal.cost``; None for nothing."""
+        raise NotImplementedError
+
+    def advantage(self, signal: Signal) -> Tensor:
+        """The signal less the baseline.  ``[*dims | *elements]``"""
+        value = self.value(signal)
+        return signal.cost if value is None else signal.cost - value
+
+
+@dataclass(frozen=True)
+class NoBaseline(Baseline):
+    """Nothing is subtracted."""
+
+    name: ClassVar[str] = "none"
+
+    def value(self, signal: Signal) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Baseline):
+    r"""The mean signal of the other ``K - 1`` draws, :math:`b_k = \frac{1}{K-1} \sum_{j \ne k} Q_j`.
+
+    Over i.i.d. sample dims only. Mnih and Rezende 2016; Kool, van Hoof and Welling 2019, eq. 8.
+    """
+
+    name: ClassVar[str] = "leave_one_out"
+
+    def value(self, signal: Signal) -> Tensor:
+        count = math.prod(signal.cost.shape[i] for i in signal.iid)
+        total = signal.cost.sum(signal.iid, keepdim=True)
+        return (total - signal.cost) / (count - 1)
+
+    def advantage(self, signal: Signal) -> Tensor:
+        # Q_k - b_k = (Q_k - mean) K / (K - 1): one pass less over the signal
+        count = math.prod(signal.cost.shape[i] for i in signal.iid)
+        return (signal.cost - signal.cost.mean(signal.iid, keepdim=True)) * (count / (count - 1))
+
+
+@dataclass(frozen=True)
+class MovingAverage(Baseline):
+    r"""An exponential moving average of earlier steps' signals, :math:`m \leftarrow \gamma m + (1 - \gamma) \bar Q`.
+
+    Divided by the weight it has gathered (``1 - gamma^n``), so that it starts unshrunk. Only earlier steps are used: the
+    present signal would see the draw. Moves in train mode with gradients enabled alone.
+
+    Args:
+        decay: ``gamma`` in ``[0, 1)``.
+        per: ``"element"`` keeps one average an element of the site, means over its data batch; ``"scalar"`` keeps one.
+    """
+
+    decay: float = 0.9
+    per: str = "element"
+
+    name: ClassVar[str] = "moving_average"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"moving_average: decay={self.decay} must lie in [0, 1)")
+        if self.per not in ("element", "scalar"):
+            raise ValueError(f"moving_average: per={self.per!r} must be 'element' or 'scalar'")
+
+    def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...]) -> nn.Module:
+        elements = site.element_shape
+        kept = [1 if i in batch_dims or self.per == "scalar" else size for i, size in enumerate(elements)]
+        return RunningMean(tuple(kept), self.decay)
+
+    def value(self, signal: Signal) -> Tensor:
+        state = signal.state
+        assert isinstance(state, RunningMean)
+        old = state.read()  # before the update: earlier steps only
+        if signal.training:
+            state.update(signal.cost)
+        return old
+
+
+class RunningMean(nn.Module):
+    """The state of `MovingAverage`: a decayed sum and the weight it has gathered."""
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self, shape: tuple[int, ...], decay: float) -> None:
+        super().__init__()
+        self.shape, self.decay = shape, decay
+        self.register_buffer("total", torch.zeros(shape))
+        self.register_buffer("weight", torch.zeros(()))
+
+    def read(self) -> Tensor:
+        """The mean of earlier steps, zero before the first.  ``[*elements]`` with size 1 along the data batch"""
+        return self.total / torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
+
+    def update(self, cost: Tensor) -> None:
+        """Takes in one step's signal ``[*dims | *elements]``."""
+        keep = len(self.shape)
+        full = torch.broadcast_shapes(tuple(cost.shape[cost.dim() - keep :]), self.shape)
+        lead = cost.dim() - keep
+        over = [*range(lead), *(lead + i for i in range(keep) if self.shape[i] == 1)]
+        mean = cost.expand(*cost.shape[:lead], *full).mean(over, keepdim=True) if over else cost
+        mean = mean.reshape(self.shape)
+        self.total.mul_(self.decay).add_(mean.to(self.total.dtype), alpha=1 - self.decay)
+        self.weight.mul_(self.decay).add_(1 - self.decay)
+
+
+BASELINES: dict[str, type[Baseline]] = {b.name: b for b in (NoBaseline, MovingAverage, LeaveOneOut)}
+"""Name to class of the built-in baselines."""

@@ -1,0 +1,47 @@
+"""Exact expectation over a finite support."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from scg.estimators.base import YES, EnumeratingEstimator, SiteInfo, Support
+
+
+@dataclass(frozen=True)
+class Enumerate(EnumeratingEstimator):
+    r"""Sums over every outcome, with its probability as differentiable weight.
+
+    .. math:: E[f(z)] = \sum_{v} p_\theta(v) f(v)
+
+    Elements that meet in no cost share rows: a vector of independent Bernoulli draws costs 2 rows where each cost element
+    sees one of them, 2^D where one cost sees all D. Unbiased, and the variance over this site is gone.
+    """
+
+    limit: int = 2**16
+    """Most rows that are built before it is an error."""
+
+    name: ClassVar[str] = "enumerate"
+    unbiased: ClassVar[bool] = True
+    reference: ClassVar[str] = "exact sum"
+    formula: ClassVar[str] = r"\nabla_\theta \sum_v p_\theta(v) f(v)"
+
+    @classmethod
+    def supports(cls, site: SiteInfo) -> Support:
+        if site.replayed:
+            return Support(False, "a replayed outcome is one outcome: there is nothing to enumerate")
+        if site.pathwise_only:
+            return Support(False, site.pathwise_only)
+        if site.support is None or site.rows is None:
+            return Support(False, f"{site.family} has no finite support of known size")
+        return YES
+
+    def check(self, site: SiteInfo) -> Support:
+        found = self.supports(site)
+        if found and site.rows is not None and site.rows > self.limit:
+            assert site.support is not None
+            return Support(False, f"its support needs {site.rows:.3g} rows, over the limit of {self.limit}")
+        return found
+
+    def evaluations(self, site: SiteInfo) -> int:
+        return site.rows or 1

@@ -1,0 +1,44 @@
+"""Which sample dims a site brings in, and how many rows its exact enumeration needs."""
+
+from __future__ import annotations
+
+import math
+
+from scg.analysis.influence import Influence
+from scg.estimators.base import EnumeratingEstimator
+from scg.ir import Cost, Graph, Sample
+
+SAMPLES = "K"
+"""Name of the sample dim of ``samples=K``."""
+
+
+def enumeration_rows(graph: Graph, found: Influence, site: Sample, support: int) -> int:
+    """Rows that exact enumeration of ``site`` needs: support size to the power of its joined elements."""
+    joined = joined_dims(graph, found, site)
+    shape = site.tensor.shape
+    return int(support ** math.prod(shape[dim] for dim in joined))
+
+
+def joined_dims(graph: Graph, found: Influence, site: Sample) -> tuple[int, ...]:
+    """Element dims of ``site`` of which some cost or inner site sees more than one index at once.
+
+    Elements along the other dims may change in the same row: no cost element sees two of them.
+    """
+    ndim = site.tensor.ndim - site.tensor.event_ndim
+    joined = set()
+    for node in graph.of(Cost, Sample):
+        relation = found.relation(node.name, site.name)
+        if node.name == site.name or relation is None:
+            continue
+        joined |= {dim for dim in range(ndim) if site.tensor.shape[dim] > 1 and not relation.pointlike(dim)}
+    return tuple(sorted(joined))
+
+
+def own_dims(site: Sample, samples: int) -> tuple[str, ...]:
+    """The sample dims that a site itself brings in."""
+    if isinstance(site.estimator, EnumeratingEstimator):
+        return (site.name,)
+    if site.value is not None:
+        return ()
+    own = (site.name,) if site.estimator is not None and (site.estimator.samples or 1) > 1 else ()
+    return ((SAMPLES,) if samples > 1 else ()) + own

@@ -1,0 +1,88 @@
+"""The score function estimator (REINFORCE, likelihood ratio), with a baseline composed into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from scg.estimators.base import YES, ScoreEstimator, Signal, SiteInfo, Support
+from scg.estimators.baselines import BASELINES, Baseline, LeaveOneOut, MovingAverage, NoBaseline
+from scg.estimators.lookup import near_miss
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class ScoreFunction(ScoreEstimator):
+    r"""Multiplies the score of the draw by the credited cost-to-go, less a baseline.
+
+    .. math:: \hat g = (Q - b) \nabla_\theta \log p_\theta(z)
+
+    Williams 1992; Schulman et al. 2015, theorem 1. Unbiased for every distribution whose support does not move with its
+    parameters, also below discontinuous and non-differentiable costs. One evaluation a draw.
+
+    Args:
+        baseline: ``None``, ``"moving_average"``, ``"leave_one_out"`` (needs two or more i.i.d. draws), ``"auto"``
+            (leave-one-out where there are draws enough, else a moving average), a `Baseline` object, or an
+            ``nn.Module`` of no arguments that does not read a descendant of the site.
+    """
+
+    baseline: Any = AUTO
+
+    name: ClassVar[str] = "score_function"
+    unbiased: ClassVar[bool] = True
+    reference: ClassVar[str] = "Williams 1992; Schulman et al. 2015"
+    formula: ClassVar[str] = r"(Q - b)\, \nabla_\theta \log p_\theta(z)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.baseline, str) and self.baseline != AUTO and self.baseline not in BASELINES:
+            raise ValueError(near_miss("baseline", self.baseline, [*BASELINES, AUTO]))
+
+    @classmethod
+    def supports(cls, site: SiteInfo) -> Support:
+        if site.pathwise_only:
+            return Support(False, site.pathwise_only)
+        if site.bound:
+            return Support(False, f"the support of {site.family} moves with its parameter {site.bound}")
+        return YES
+
+    def resolve(self, draws: int) -> Baseline:
+        """The baseline in force for a site with ``draws`` i.i.d. draws."""
+        if self.baseline is None:
+            return NoBaseline()
+        if isinstance(self.baseline, Baseline):
+            return self.baseline
+        if isinstance(self.baseline, nn.Module):
+            return ModuleBaseline(self.baseline)
+        if self.baseline == AUTO:
+            return LeaveOneOut() if draws >= 2 else MovingAverage()
+        return BASELINES[self.baseline]()
+
+    def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...], draws: int) -> nn.Module | None:
+        return self.resolve(draws).make_state(site, batch_dims)
+
+    def multiplier(self, signal: Signal) -> Tensor:
+        draws = 1
+        for axis in signal.iid:
+            draws *= signal.cost.shape[axis]
+        return self.resolve(draws).advantage(signal)
+
+
+@dataclass(frozen=True)
+class ModuleBaseline(Baseline):
+    """A user's ``nn.Module`` called without arguments; fitted to the signal by least squares in the same backward."""
+
+    module: nn.Module
+
+    name: ClassVar[str] = "module"
+
+    def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...]) -> nn.Module:
+        return self.module
+
+    def value(self, signal: Signal) -> Tensor:
+        value = signal.state()
+        assert isinstance(value, Tensor)
+        return value.detach()

@@ -1,0 +1,364 @@
+"""`compile`: trace, passes, lowering, and the module that users call."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from scg.backends import torch_module
+from scg.capture import Captured, captured
+from scg.errors import EstimatorError, LoweringError, RetraceWarning
+from scg.estimators import get_estimator
+from scg.estimators.lookup import near_miss
+from scg.estimators.state import make_states
+from scg.holder import Holder
+from scg.ir import Graph
+from scg.passes import InsertEstimators, pipeline
+from scg.tracer import trace as trace_graph
+from scg.verifier import verify
+
+BACKENDS = ("eager", "inductor")
+CREDITS = ("element", "node", "none")
+
+_RETRACES_BEFORE_WARNING = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `compile`, checked."""
+
+    estimator: Any = "auto"
+    estimators: Mapping[str, Any] = field(default_factory=dict)
+    samples: int = 1
+    backend: str = "eager"
+    dynamic: bool = False
+    order: int = 1
+    credit: str = "element"
+    allow_biased: bool | None = None
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise LoweringError(near_miss("backend", self.backend, BACKENDS))
+        if self.credit not in CREDITS:
+            raise EstimatorError(near_miss("credit", self.credit, CREDITS))
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise EstimatorError(f"samples={self.samples!r} must be a whole number of 1 or more")
+        if self.order not in (1, 2):
+            raise EstimatorError(f"order={self.order!r} must be 1 or 2")
+        if self.order == 2 and self.backend == "inductor":
+            raise LoweringError("order=2 needs backend='eager': inductor cannot differentiate twice")
+
+
+class CompiledModule(nn.Module):
+    """A model whose objective has an unbiased, low-variance gradient through its samples. Made by `compile`."""
+
+    def __init__(self, model: Callable[..., Any], options: Options) -> None:
+        super().__init__()
+        self.options = options
+        self.function = None if isinstance(model, nn.Module) else model
+        self.model: nn.Module = model if isinstance(model, nn.Module) else Holder(captured(model))
+        self.estimators = nn.ModuleDict()
+        self._pending: dict[str, Tensor] = {}
+        self._frozen = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graph: Graph | None = None
+        self._captured: Captured | None = None
+        self._programs: dict[Any, _Bound] = {}
+        self._latest: _Bound | None = None
+        self._retraces = 0
+
+    # -- calling --------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, with the surrogate in the place of its objective."""
+        return self._bound(args, kwargs)(args, kwargs)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
+        found = self._captured
+        if found is None or not found.unchanged():
+            self._recapture()
+            found = self._captured
+            assert found is not None
+        key = (
+            self.training,
+            torch.is_grad_enabled(),
+            self._frozen,
+            torch.is_autocast_enabled("cpu"),
+            found.values,
+            tuple(_signature(arg) for arg in args),
+            tuple((name, _signature(arg)) for name, arg in kwargs.items()) if kwargs else (),
+        )
+        bound = self._programs.get(key)
+        if bound is None:
+            bound = self._programs[key] = self._compile(args, kwargs)
+        self._latest = bound
+        return bound
+
+    def _recapture(self) -> None:
+        if self._captured is not None:
+            self._retraces += 1
+            if self._retraces == _RETRACES_BEFORE_WARNING:
+                warnings.warn(
+                    "a plain Python value that the model reads keeps changing, and each change traces it again; make it "
+                    "a buffer or an argument that is a tensor",
+                    RetraceWarning,
+                    stacklevel=4,
+                )
+        self._captured = captured(self._callable)
+
+    @property
+    def _callable(self) -> Callable[..., Any]:
+        return self.model if self.function is None else self.function
+
+    def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
+        options = self.options
+        graph = trace_graph(self._callable, args, kwargs, dynamic=False)
+        insert = InsertEstimators(
+            default=get_estimator(options.estimator) or "auto",
+            overrides=options.estimators,
+            samples=options.samples,
+            allow_biased=options.allow_biased,
+        )
+        graph = run_passes(graph, insert, options.credit)
+        states = make_states(graph, self.estimators)
+        self._load_pending()
+        self._graph = graph
+        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        live = self._live(graph)
+        program = torch_module.build(
+            graph,
+            leaves,
+            live,
+            states,
+            training=self.training and not self._frozen,
+            learning=torch.is_grad_enabled(),
+            debug=options.debug,
+        )
+        run = program.module.forward
+        if options.backend == "inductor":
+            run = torch_module.compile_inductor(graph, program)
+        tables = [self._table(path) for path in program.captured]
+        return _Bound(graph, program, run, tuple(tables))
+
+    def _live(self, graph: Graph) -> dict[str, Tensor]:
+        """Parameters and buffers of the graph that are found anew at every call, by path."""
+        found: dict[str, Tensor] = {}
+        for path in graph.tensors:
+            where = self._find(path)
+            if where is not None:
+                table, key = where
+                found[path] = table[key]
+        return found
+
+    def _find(self, path: str) -> tuple[dict[str, Any], str] | None:
+        owner, _, key = path.rpartition(".")
+        try:
+            module = self.model.get_submodule(owner)
+        except AttributeError:
+            return None
+        for table in (module._parameters, module._buffers):
+            if table.get(key) is not None:
+                return table, key
+        return None
+
+    def _table(self, path: str) -> tuple[dict[str, Any], str]:
+        found = self._find(path)
+        assert found is not None
+        return found
+
+    # -- looking --------------------------------------------------------------------------------------------------
+    @property
+    def graph(self) -> Graph:
+        """The IR after all passes, of the latest trace."""
+        if self._latest is None:
+            raise LoweringError("nothing is traced yet: call the module once, or give example_inputs to scg.compile")
+        return self._latest.graph
+
+    @property
+    def code(self) -> str:
+        """The generated Python source of the latest program."""
+        graph = self.graph
+        assert self._latest is not None and graph is not None
+        return self._latest.program.code
+
+    def explain(self) -> Any:
+        """What was decided for every site, and why: a table as text, Markdown and HTML."""
+        from scg.report import explain
+
+        return explain(self.graph)
+
+    def render(self, path: Any, view: str = "stochastic") -> Any:
+        """Writes a picture; the suffix of ``path`` (svg, png, pdf, html, dot) says which kind."""
+        from scg.backends.pictures import render
+
+        return render(self.graph, path, view=view, code=self.code)
+
+    def _repr_html_(self) -> str:
+        return self.graph._repr_html_() if self._latest is not None else f"<pre>{self!r}</pre>"
+
+    # -- state ----------------------------------------------------------------------------------------------------
+    def model_parameters(self) -> Iterator[nn.Parameter]:
+        """The model's own parameters: the same objects."""
+        return self.model.parameters()
+
+    def estimator_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of baselines, critics and control variates."""
+        return self.estimators.parameters()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, running statistics of baselines do not move."""
+        before, self._frozen = self._frozen, True
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ``nn.Module.load_state_dict``; state of estimators that are not traced yet is kept for them."""
+        known = set(self.state_dict())
+        self._pending = {
+            key: value for key, value in state_dict.items() if key.startswith("estimators.") and key not in known
+        }
+        rest = {key: value for key, value in state_dict.items() if key not in self._pending}
+        return super().load_state_dict(rest, strict=strict, assign=assign)
+
+    def _load_pending(self) -> None:
+        known = self.state_dict()
+        with torch.no_grad():
+            for key in [key for key in self._pending if key in known]:
+                known[key].copy_(self._pending.pop(key))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._programs.clear()  # dtype or device may change
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_graph", "_captured", "_latest"):
+            state[name] = None
+        state["_programs"] = {}
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        return new
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A program tied to the live tensors it reads."""
+
+    graph: Graph
+    program: torch_module.Program
+    run: Callable[..., Any]
+    tables: tuple[tuple[dict[str, Any], str], ...]
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs and all(type(arg) is Tensor for arg in args):
+            leaves: Any = args
+        else:
+            leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [leaves[position] for position in self.program.inputs]
+        out = self.run(*inputs, *[table[key] for table, key in self.tables], *self.program.state)
+        return torch_module.unflatten_outputs(self.graph.outputs, out)
+
+
+def _signature(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return (arg.shape, arg.dtype, arg.device, arg.requires_grad)
+    if isinstance(arg, (list, tuple)):
+        return (type(arg), *map(_signature, arg))
+    if isinstance(arg, dict):
+        return (type(arg), *((key, _signature(value)) for key, value in arg.items()))
+    try:
+        hash(arg)
+    except TypeError:
+        return (type(arg), repr(arg))
+    return (type(arg), arg)
+
+
+def run_passes(graph: Graph, insert: InsertEstimators, credit: str = "element") -> Graph:
+    """All passes in order, verified in between; with ``SCG_DEBUG=1`` each one's effect is printed."""
+    debug, check = os.environ.get("SCG_DEBUG", "0") != "0", os.environ.get("SCG_VERIFY", "1") != "0"
+    for name, rewrite in pipeline(insert, credit):
+        before, graph = graph, rewrite(graph)
+        if debug:
+            from scg.debug import show_diff
+
+            show_diff(before, graph, name)
+        if check:
+            verify(graph, after=name)
+    return graph
+
+
+def compile(
+    model: Callable[..., Any],
+    *,
+    estimator: Any = "auto",
+    estimators: Mapping[str, Any] | None = None,
+    samples: int = 1,
+    backend: str = "eager",
+    example_inputs: tuple[Any, ...] | None = None,
+    dynamic: bool = False,
+    order: int = 1,
+    credit: str = "element",
+    allow_biased: bool | None = None,
+    debug: bool = False,
+) -> CompiledModule:
+    """Compiles a stochastic model into a module with the same call and a right gradient through its samples.
+
+    Args:
+        model: an ``nn.Module`` or a function (closures over modules and parameters included) that returns a scalar
+            loss, a tuple whose first item is the loss, or a dict with a ``"loss"``.
+        estimator: default for every site: a name of `scg.ESTIMATORS`, an estimator object, or ``"auto"``.
+        estimators: ``{glob over site names: estimator}``; the first match wins.
+        samples: K draws of the whole stochastic program; the value and the gradient are their means.
+        backend: ``"eager"`` or ``"inductor"``.
+        example_inputs: trace at once with these positional arguments; else at the first call.
+        dynamic: the leading batch size is free.
+        order: 2 makes second derivatives right too.
+        credit: ``"element"``, or ``"node"`` (whole cost tensors), or ``"none"`` (the scalar loss), for comparison.
+        allow_biased: ``False`` makes a biased estimator an error; an explicit ``True`` also lets gradients pass that no
+            estimator sees, with a warning.
+        debug: check every distribution's parameters at run time, and name the site.
+
+    Returns:
+        A module with the model's call and output structure.
+
+    Raises:
+        TraceError: the model cannot be captured.
+        EstimatorError: an estimator does not exist or does not fit its site.
+    """
+    get_estimator(estimator)
+    for spec in (estimators or {}).values():
+        get_estimator(spec)
+    options = Options(
+        estimator=estimator, estimators=dict(estimators or {}), samples=samples, backend=backend, dynamic=dynamic,
+        order=order, credit=credit, allow_biased=allow_biased, debug=debug,
+    )  # fmt: skip
+    compiled = CompiledModule(model, options)
+    if example_inputs is not None:
+        compiled._bound(tuple(example_inputs), {})
+    return compiled
+
+
+def trace(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Graph:
+    """The captured IR of one call of ``model``, before any pass."""
+    return trace_graph(model, args, kwargs)
+
+
+__all__ = ["CompiledModule", "compile", "run_passes", "trace"]
