@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scg.exact import Walk, kept_buffers, objective_of
+import scg
+from scg.capture import captured
+from scg.exact import Walk, exact, kept_buffers, objective_of
+from tests.problems import Problem
 
 aten = torch.ops.aten
 
@@ -99,3 +102,15 @@ def expected_estimate(
                     gradient[name] += draws.probability * grad
     assert abs(total - 1) < 1e-9, f"the probabilities of all draws sum to {total}"
     return loss, gradient
+
+
+def assert_unbiased(problem: Problem, **options: Any) -> None:
+    """Law 2 for ``scg.compile(problem.model, **options)`` on every call of the problem, value and gradient."""
+    compiled = scg.compile(problem.model, **options)
+    params = {path: p for path, p in captured(problem.model).tensors.items() if p.requires_grad}
+    for call, args in enumerate(problem.calls):
+        problem.before(call)
+        for _ in range(2):  # a moving average needs a history, or it would be tested at zero only
+            compiled(*args)
+        got = expected_estimate(compiled, params, *args)
+        torch.testing.assert_close(got, exact(problem.model, *args), rtol=1e-9, atol=1e-10)
