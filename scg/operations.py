@@ -49,6 +49,9 @@ Kind = Literal[
     "attention",
     "matrix",  # linear algebra on the trailing ``trailing`` dims
     "kron",
+    "solve",  # linear systems
+    "search",  # bucketize, searchsorted: where values stand among others
+    "whole",  # every output element reads everything
     "loss",  # pointwise, then reduced if its ``reduction`` says so
     "composite",  # known to be smooth; its elements are followed through what it consists of
     "nothing",  # reads no values: shapes only, or noise without parameters
@@ -62,7 +65,7 @@ class Operation:
 
     kind: Kind
     dims: str | tuple[int, ...] = "dim"
-    """Of reductions, mixes and scans: the argument that names the dims (absent or None: all), or the dims themselves."""
+    """Of reductions, mixes and scans: the dims, or the argument that names them (absent or None: all)."""
     equation: str = ""
     """Of contractions: ``mat1 ik, mat2 kj -> ij``; tensors it does not name are added, broadcast."""
     trailing: int = 2
@@ -111,35 +114,35 @@ OPERATIONS: dict[str, Operation] = {
     # -- pointwise, smooth or at least continuous -----------------------------------------------------------------
     **_entries(
         _POINTWISE,
-        """abs absolute acos arccos acosh arccosh asin arcsin asinh arcsinh atan arctan atanh arctanh celu clamp clamp_max
-        clamp_min clip cos cosh deg2rad digamma elu erf erfc erfinv exp exp2 expm1 float_power fmax fmin gelu hardsigmoid
-        hardswish hardtanh hypot i0 leaky_relu lgamma log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logit
-        maximum minimum mish mvlgamma nan_to_num polygamma pow prelu rad2deg reciprocal relu relu6 rsqrt selu sigmoid silu
-        sin sinc sinh softplus softshrink special_entr special_erf special_erfc special_erfcx special_erfinv special_exp2
-        special_expit special_expm1 special_gammaln special_i0 special_i0e special_i1 special_i1e special_log1p
-        special_log_ndtr special_logit special_ndtr special_ndtri special_psi special_sinc special_xlog1py special_xlogy
-        special_zeta sqrt square tan tanh xlogy threshold_backward sigmoid_backward tanh_backward detach detach_
-        polar complex real imag""",
+        """abs absolute acos acosh arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh celu clamp
+        clamp_max clamp_min clip complex cos cosh deg2rad detach digamma elu erf erfc erfinv exp exp2 expm1 fill
+        float_power fmax fmin gelu hardsigmoid hardswish hardtanh hypot i0 igamma igammac imag leaky_relu lgamma
+        log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logit maximum minimum mish mvlgamma nan_to_num
+        polar polygamma pow rad2deg real reciprocal relu relu6 rsqrt selu sigmoid sigmoid_backward silu
+        sin sinc sinh softplus softshrink special_entr special_erf special_erfc special_erfcx special_erfinv
+        special_exp2 special_expit special_expm1 special_gammaln special_i0 special_i0e special_i1 special_i1e
+        special_log1p special_log_ndtr special_logit special_ndtr special_ndtri special_polygamma special_psi
+        special_sinc special_xlog1py special_xlogy special_zeta sqrt square tan tanh tanh_backward
+        threshold_backward xlogy""",
     ),
     **_entries(
         Operation("loss"),
-        """binary_cross_entropy binary_cross_entropy_with_logits mse_loss l1_loss huber_loss smooth_l1_loss kl_div
-        soft_margin_loss poisson_nll_loss""",
+        """binary_cross_entropy binary_cross_entropy_with_logits huber_loss kl_div l1_loss mse_loss
+        poisson_nll_loss smooth_l1_loss soft_margin_loss""",
     ),
     **_entries(
         Operation("composite"),
-        """cross_entropy_loss nll_loss nll_loss2d nll_loss_nd cosine_embedding_loss hinge_embedding_loss
-        margin_ranking_loss triplet_margin_loss multi_margin_loss multilabel_margin_loss ctc_loss grid_sampler
-        grid_sampler_2d grid_sampler_3d linalg_solve quantile nanquantile renorm trapezoid cumulative_trapezoid
-        affine_grid_generator corrcoef cov fold col2im stft istft fft_fft2 fft_ifft2 fft_fftn
-        fft_ifftn fft_fftshift fft_ifftshift fft_rfft2 fft_rfftn fft_irfft2 fft_irfftn pdist""",
+        """affine_grid_generator col2im corrcoef cosine_embedding_loss cov cross_entropy_loss ctc_loss
+        cumulative_trapezoid fft_fftshift fft_ifftshift fold grid_sampler grid_sampler_2d grid_sampler_3d
+        hinge_embedding_loss istft linalg_tensorsolve margin_ranking_loss multi_margin_loss
+        multilabel_margin_loss nll_loss nll_loss2d nll_loss_nd pdist renorm stft sum_to_size trapezoid
+        triplet_margin_loss""",
     ),
     "diff": Operation("composite", linear=_FIRST),
-    **_entries(replace(_POINTWISE, linear=_FIRST), "neg negative positive alias clone contiguous conj lift_fresh"),
-    **_entries(
-        replace(_POINTWISE, linear=_FIRST), "to _to_copy type_as  lift_fresh_copy convert_element_type"
-    ),
-    **_entries(replace(_POINTWISE, linear=_PAIR), "add sub subtract rsub"),
+    "take_along_dim": Operation("composite", linear=_FIRST),
+    **_entries(replace(_POINTWISE, linear=_FIRST), "alias clone conj contiguous lift_fresh neg negative positive"),
+    **_entries(replace(_POINTWISE, linear=_FIRST), "_to_copy convert_element_type lift_fresh_copy to type_as"),
+    **_entries(replace(_POINTWISE, linear=_PAIR), "add rsub sub subtract"),
     **_entries(replace(_POINTWISE, linear=_EACH), "mul multiply"),
     **_entries(replace(_POINTWISE, linear=_FIRST), "div divide true_divide"),
     "lerp": replace(_POINTWISE, linear=_positions((0, 1), (2,))),
@@ -150,66 +153,70 @@ OPERATIONS: dict[str, Operation] = {
     # -- pointwise, with jumps ------------------------------------------------------------------------------------
     **_entries(
         _JUMP,
-        """angle arctan2 atan2 bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor
-        bucketize ceil copysign eq fake_quantize_per_tensor_affine fix floor floor_divide fmod frac ge
-        greater greater_equal gt hardshrink heaviside isclose ldexp le less
-        less_equal logical_and logical_not logical_or logical_xor lt ne nextafter not_equal remainder round sgn
-        sign signbit special_round threshold trunc gcd lcm __and__ __or__ __xor__ __lshift__ __rshift__""",
+        """__and__ __lshift__ __or__ __rshift__ __xor__ angle arctan2 atan2 bitwise_and bitwise_left_shift
+        bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil copysign eq fake_quantize_per_tensor_affine
+        fix floor floor_divide fmod frac gcd ge greater greater_equal gt hardshrink heaviside isclose lcm ldexp
+        le less less_equal logical_and logical_not logical_or logical_xor lt ne nextafter not_equal remainder
+        round sgn sign signbit special_round threshold trunc""",
     ),
     **_entries(replace(_POINTWISE, guard=True), "isfinite isinf isnan isneginf isposinf isreal"),
     # -- noise ----------------------------------------------------------------------------------------------------
     **_entries(
-        replace(_POINTWISE, random=True), "dropout native_dropout alpha_dropout rrelu rrelu_with_noise _fused_dropout"
+        replace(_POINTWISE, random=True, linear=_FIRST),
+        "_fused_dropout alpha_dropout dropout native_dropout",
     ),
-    **_entries(replace(_POINTWISE, random=True, kind="mix", dims="spatial"), "feature_dropout feature_alpha_dropout"),
-    **_entries(
-        replace(_JUMP, random=True), "bernoulli normal poisson binomial _standard_gamma"
-    ),
+    **_entries(replace(_POINTWISE, random=True), "rrelu rrelu_with_noise"),
+    **_entries(Operation("mix", dims="spatial", random=True, linear=_FIRST), "feature_alpha_dropout feature_dropout"),
+    **_entries(replace(_JUMP, random=True), "_standard_gamma bernoulli binomial normal poisson"),
     "_sample_dirichlet": Operation("mix", dims=(-1,), random=True),
     "multinomial": Operation("mix", dims=(-1,), random=True, discontinuous=True),
     **_entries(
-        _NOISE, """rand rand_like randn randn_like randint randint_like randperm uniform exponential geometric cauchy
-        log_normal random normal_functional""",
+        _NOISE,
+        """cauchy exponential geometric log_normal normal_functional rand rand_like randint randint_like randn
+        randn_like random randperm uniform""",
     ),
     # -- values do not matter -------------------------------------------------------------------------------------
     **_entries(
         _NOTHING,
-        """arange empty empty_like empty_strided eye full full_like linspace logspace new_empty new_empty_strided
-        new_full new_ones new_zeros ones ones_like scalar_tensor tril_indices triu_indices zeros zeros_like sym_size
-        sym_numel sym_stride size numel dim hann_window hamming_window""",
+        """arange empty empty_like empty_strided eye full full_like hamming_window hann_window new_empty
+        new_empty_strided new_full new_ones new_zeros ones ones_like scalar_tensor tril_indices triu_indices
+        zeros zeros_like""",
     ),
     # -- views and movement ---------------------------------------------------------------------------------------
     **_entries(
         _MOVE,
-        """_unsafe_view atleast_1d atleast_2d atleast_3d broadcast_to channel_shuffle chunk
-        diag diag_embed diagonal diagonal_copy diagflat expand expand_copy flatten flip fliplr flipud narrow narrow_copy
-        permute permute_copy moveaxis movedim pixel_shuffle pixel_unshuffle ravel repeat
-        repeat_interleave masked_select reshape resolve_conj resolve_neg
-        roll rot90 select select_copy slice slice_copy split split_copy split_with_sizes split_with_sizes_copy squeeze
-        squeeze_copy swapaxes swapdims t t_copy tensor_split tile transpose transpose_copy tril triu unbind unbind_copy
-        unflatten unfold unfold_copy unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_copy view
-        view_copy hsplit vsplit dsplit pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
-        replication_pad1d replication_pad2d replication_pad3d _pad_circular im2col
-        upsample_nearest1d upsample_nearest2d upsample_nearest3d""",
+        """_pad_circular _unsafe_view adjoint atleast_1d atleast_2d atleast_3d broadcast_to channel_shuffle chunk
+        constant_pad_nd diag diag_embed diagflat diagonal diagonal_copy dsplit expand expand_copy flatten flip
+        fliplr flipud hsplit im2col linalg_diagonal mH mT masked_select moveaxis movedim narrow narrow_copy pad
+        permute permute_copy pixel_shuffle pixel_unshuffle ravel reflection_pad1d reflection_pad2d
+        reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape
+        resolve_conj resolve_neg roll rot90 select select_copy slice slice_copy split split_copy
+        split_with_sizes split_with_sizes_copy squeeze squeeze_copy swapaxes swapdims t t_copy tensor_split tile
+        transpose transpose_copy tril triu unbind unbind_copy unflatten unfold unfold_copy unsafe_chunk
+        unsafe_split unsafe_split_with_sizes unsqueeze unsqueeze_copy upsample_nearest1d upsample_nearest2d
+        upsample_nearest3d view view_copy vsplit""",
     ),
-    **_entries(_MOVE, "cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag"),
-    **_entries(_MOVE, "broadcast_tensors meshgrid cartesian_prod"),
-    **_entries(replace(_MOVE, linear=_PAIR), "select_scatter slice_scatter diagonal_scatter"),
-    **_entries(_MOVE, "expand_as view_as reshape_as"),
+    **_entries(_MOVE, "block_diag cat column_stack concat concatenate dstack hstack row_stack stack vstack"),
+    **_entries(_MOVE, "broadcast_tensors cartesian_prod meshgrid"),
+    **_entries(replace(_MOVE, linear=_PAIR), "diagonal_scatter select_scatter slice_scatter"),
+    **_entries(_MOVE, "expand_as reshape_as view_as"),
     "view.dtype": Operation("mix", dims=(-1,), discontinuous=True),
     # -- reductions -----------------------------------------------------------------------------------------------
-    **_entries(replace(_REDUCE, linear=_FIRST), "sum mean nansum nanmean trace"),
+    **_entries(replace(_REDUCE, linear=_FIRST), "mean sum trace"),
     **_entries(
         _REDUCE,
-        """amax amin aminmax linalg_vector_norm logsumexp max median min nanmedian norm prod special_logsumexp std std_mean var var_mean kthvalue linalg_matrix_norm frobenius_norm nuclear_norm""",
+        """amax amin aminmax dist frobenius_norm kthvalue linalg_matrix_norm linalg_norm linalg_vector_norm
+        logsumexp max median min nanmean nanmedian nanquantile.scalar nansum norm nuclear_norm prod quantile.scalar
+        special_logsumexp std std_mean var var_mean""",
     ),
     **_entries(_POINTWISE, "max.other min.other"),
     **_entries(replace(_REDUCE, discontinuous=True), "all any argmax argmin count_nonzero mode"),
     # -- everything along a dim reads everything ------------------------------------------------------------------
     **_entries(
         _MIX,
-        """_log_softmax _softmax log_softmax msort softmax sort special_log_softmax special_softmax topk
-        fft_fft fft_ifft fft_rfft fft_irfft linalg_cross cross""",
+        """_log_softmax _safe_softmax _softmax cross fft_fft fft_fft2 fft_fftn fft_hfft fft_ifft fft_ifft2
+        fft_ifftn fft_ihfft fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn glu linalg_cross
+        log_softmax msort softmax sort special_log_softmax special_softmax topk""",
     ),
     **_entries(replace(_MIX, discontinuous=True), "argsort"),
     "cosine_similarity": replace(_REDUCE),
@@ -232,9 +239,15 @@ OPERATIONS: dict[str, Operation] = {
             "matmul": "",
             "tensordot": "",
             "linalg_vecdot": "x ...k, y ...k -> ...",
+        },
+    ),
+    **_contractions(
+        (),
+        {
             "cdist": "x1 ...ik, x2 ...jk -> ...ij",
             "_cdist_forward": "x1 ...ik, x2 ...jk -> ...ij",
             "_euclidean_dist": "x1 ...ik, x2 ...jk -> ...ij",
+            "prelu": "self nc..., weight c -> nc...",
         },
     ),
     **_contractions(
@@ -259,24 +272,34 @@ OPERATIONS: dict[str, Operation] = {
     "kron": Operation("kron", linear=_EACH),
     # -- windows --------------------------------------------------------------------------------------------------
     **_entries(Operation("convolution", linear=_WEIGHTED), "conv1d conv2d conv3d convolution"),
-    **_entries(Operation("transposed_convolution", linear=_WEIGHTED), "conv_transpose1d conv_transpose2d conv_transpose3d"),
-    **_entries(Operation("pool", linear=_FIRST), "avg_pool1d avg_pool2d avg_pool3d"),
+    **_entries(
+        Operation("transposed_convolution", linear=_WEIGHTED),
+        "conv_transpose1d conv_transpose2d conv_transpose3d",
+    ),
+    **_entries(
+        Operation("pool", linear=_FIRST),
+        "avg_pool1d avg_pool2d avg_pool3d",
+    ),
     **_entries(
         Operation("pool"),
-        """max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices""",
+        "max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices",
     ),
     **_entries(
         Operation("adaptive_pool", linear=_FIRST),
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d",
     ),
-    **_entries(Operation("adaptive_pool"), "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
+    **_entries(
+        Operation("adaptive_pool"),
+        "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
+    ),
     **_entries(
         Operation("resize", linear=_FIRST),
-        """upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa
-        _upsample_bicubic2d_aa""",
+        """_upsample_bicubic2d_aa _upsample_bilinear2d_aa upsample_bicubic2d upsample_bilinear2d upsample_linear1d
+        upsample_trilinear3d""",
     ),
+    **_entries(Operation("search", discontinuous=True), "bucketize searchsorted"),
     # -- indexing -------------------------------------------------------------------------------------------------
-    **_entries(Operation("index", linear=_FIRST), "index _unsafe_index"),
+    **_entries(Operation("index", linear=_FIRST), "_unsafe_index index"),
     **_entries(Operation("gather", linear=_FIRST), "gather"),
     "index_select": Operation("index_select", linear=_FIRST),
     "embedding": Operation("embedding", linear=_FIRST),
@@ -287,34 +310,52 @@ OPERATIONS: dict[str, Operation] = {
     "scatter_reduce": Operation("scatter"),
     **_entries(Operation("index_write", linear=_positions((0, 3))), "index_add index_copy index_fill"),
     "index_reduce": Operation("index_write"),
-    **_entries(Operation("index_put", linear=_positions((0, 2))), "index_put _unsafe_index_put"),
+    **_entries(Operation("index_put", linear=_positions((0, 2))), "_unsafe_index_put index_put"),
     # -- normalisation --------------------------------------------------------------------------------------------
-    **_entries(Operation("layer_norm"), "layer_norm native_layer_norm rms_norm _fused_rms_norm"),
+    **_entries(Operation("layer_norm"), "_fused_rms_norm layer_norm native_layer_norm rms_norm"),
     **_entries(
         Operation("batch_norm", impure=True),
         "batch_norm native_batch_norm cudnn_batch_norm _native_batch_norm_legit instance_norm",
     ),
-    **_entries(Operation("batch_norm"), "_native_batch_norm_legit_functional _native_batch_norm_legit_no_training"),
-    **_entries(Operation("group_norm"), "group_norm native_group_norm"),
+    **_entries(
+        Operation("batch_norm"),
+        "_native_batch_norm_legit_functional _native_batch_norm_legit_no_training",
+    ),
+    **_entries(
+        Operation("group_norm"),
+        "group_norm native_group_norm",
+    ),
     # -- layers ---------------------------------------------------------------------------------------------------
-    **_entries(Operation("recurrent", random=True), "gru lstm rnn_tanh rnn_relu"),
-    **_entries(Operation("cell"), "gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell"),
+    **_entries(Operation("recurrent", random=True), "gru lstm rnn_relu rnn_tanh"),
+    **_entries(Operation("cell"), "gru_cell lstm_cell rnn_relu_cell rnn_tanh_cell"),
     **_entries(
         Operation("attention", random=True),
-        """scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention
-        _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math""",
+        """_scaled_dot_product_attention_math _scaled_dot_product_efficient_attention
+        _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+        scaled_dot_product_attention""",
     ),
     # -- linear algebra on the last two dims ----------------------------------------------------------------------
     **_entries(
         Operation("matrix"),
-        """cholesky cholesky_inverse cholesky_solve det inverse linalg_cholesky linalg_cholesky_ex linalg_det linalg_eig
-        linalg_eigh linalg_eigvalsh linalg_inv linalg_inv_ex linalg_lu linalg_matrix_exp
-        linalg_matrix_power linalg_pinv linalg_qr linalg_slogdet linalg_solve_triangular linalg_svd
-        linalg_svdvals logdet lu_unpack matrix_exp matrix_power pinverse qr slogdet svd triangular_solve
-        _linalg_det _linalg_eigh _linalg_slogdet _linalg_svd""",
+        """_linalg_det _linalg_eigh _linalg_slogdet _linalg_svd cholesky cholesky_inverse cholesky_solve det
+        inverse linalg_cholesky linalg_cholesky_ex linalg_det linalg_eig linalg_eigh linalg_eigvalsh linalg_inv
+        linalg_inv_ex linalg_lu linalg_matrix_exp linalg_matrix_power linalg_pinv linalg_qr linalg_slogdet
+        linalg_solve_triangular linalg_svd linalg_svdvals logdet lu_unpack matrix_exp matrix_power pinverse qr
+        slogdet svd triangular_solve""",
     ),
     **_entries(Operation("matrix", discontinuous=True), "linalg_matrix_rank"),
-}  # fmt: skip
+    **_entries(Operation("solve", linear=_positions((1,))), "_linalg_solve_ex linalg_solve linalg_solve_ex"),
+    # -- not followed: everything reads everything ----------------------------------------------------------------
+    **_entries(Operation("whole", linear=_FIRST), "as_strided as_strided_copy take"),
+    **_entries(
+        Operation("whole"),
+        "linalg_lstsq linalg_lu_factor linalg_lu_solve linspace logspace nanquantile quantile",
+    ),
+    **_entries(
+        Operation("whole", discontinuous=True),
+        "histc isin",
+    ),
+}
 """Every classified operation, by the name of its overload packet."""
 
 
@@ -366,7 +407,7 @@ def is_linear(node: Op, influenced: Collection[Ref]) -> bool:
     if node.target is operator.getitem:
         return True
     op = lookup(node.target)
-    if op is None or op.random or op.discontinuous:
+    if op is None or is_random(node) or op.discontinuous:
         return False
     if isinstance(node.type, TensorType) and not _is_float(node):
         return False
@@ -404,9 +445,14 @@ def _is_guard(node: Op) -> bool:
 
 
 def is_random(node: Op) -> bool:
-    """Does it draw noise? (Also by torch's own tag, for operators outside the table.)"""
+    """Does it draw noise, in the mode and with the rate it is called with? (Also by torch's tag, outside the table.)"""
     op = lookup(node.target)
-    return (op is not None and op.random) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if op is None or not op.random:
+        return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    named = bind(node)
+    rate = next((named[name] for name in ("dropout_p", "dropout", "p") if name in named), None)
+    idle = op.kind != "nothing" and (isinstance(rate, int | float) and rate == 0 or named.get("train") is False)
+    return not idle or op.discontinuous
 
 
 def is_impure(node: Op) -> bool:

@@ -32,7 +32,7 @@ def decompose(op: Op, types: Mapping[Ref, TensorType]) -> tuple[list[Op], tuple[
     operator_ = packet_name(op.target) is not None
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device("cpu"):
         fakes = {ref: torch.empty(type_.shape, dtype=type_.dtype) for ref, type_ in types.items()}
-        recorder = _Recorder(fakes)
+        recorder = _Recorder(op.target, fakes)
 
         def call(*values: Tensor) -> Any:
             table = dict(zip(fakes, values, strict=True))
@@ -58,8 +58,9 @@ def _decompositions() -> Mapping[Any, Callable[..., Any]]:
 class _Recorder(TorchDispatchMode):
     """Notes every operation that runs as an `Op`, dissolving those outside the table."""
 
-    def __init__(self, inputs: Mapping[Ref, Tensor]) -> None:
-        super().__init__()
+    def __init__(self, root: Callable[..., Any], inputs: Mapping[Ref, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.root = root
         self.nodes: list[Op] = []
         self.names = {id(tensor): ref for ref, tensor in inputs.items()}
         self._alive: list[Any] = []  # an id stays unique only while its tensor lives
@@ -71,7 +72,7 @@ class _Recorder(TorchDispatchMode):
         if func.namespace == "prim":  # type: ignore[attr-defined]
             return func(*args, **kwargs)
         known = lookup(func)
-        if known is None or known.kind == "composite":
+        if known is None or known.kind == "composite" or func is self.root:
             decomposition = _decompositions().get(func)
             with self:
                 if decomposition is not None:
@@ -83,7 +84,7 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:  # type: ignore[attr-defined]
             raise Unknown(f"{func} writes in place")
         result = func(*args, **kwargs)
-        if func._schema.returns:  # not a bare assertion on metadata  # type: ignore[attr-defined]
+        if result is not None:  # a bare assertion on metadata
             self._note(func, args, kwargs, result)
         return result
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -261,10 +261,22 @@ class _Analysis:
         states = self._follow(node)
         if node.name in self.bits:
             assert len(states) <= 1, f"%{node.name} has several outputs and cannot be a source"
-            own = {self._identity(node): self.bits[node.name]}
+            own = {self._identity(node): self.bits[node.name]} if 0 not in node.tensor.shape else {}
             states = (_union(states[0], own, self._join) if states else own,)
         if any(states):
             self.states[node.name] = states
+        if isinstance(node, Op) and lookup(node.target) is not None and is_impure(node):
+            self._write_statistics(node)
+
+    def _write_statistics(self, node: Op) -> None:
+        """Running statistics of a batch norm read its input: so does whoever reads them after it."""
+        named = bind(node)
+        read = [ref for ref in refs_in(node.args) if ref in self.states]
+        for ref in (named.get("running_mean"), named.get("running_var")):
+            if isinstance(ref, Ref) and read:
+                buffer = self.graph.nodes[ref]
+                rule = partial(_all_of, _shapes(buffer))
+                self.states[ref] = self._through(buffer, read, rule, None)
 
     def _identity(self, node: Node) -> Relation:
         """Every element depends on itself; event dims share their element."""
@@ -297,29 +309,28 @@ class _Analysis:
             case Cost():
                 return self.states.get(node.value, ())
             case Dist():
-                return self._through(node, node.params, lambda d: [_dist(node, self._shape, d)], None)
+                return self._through(node, node.params, partial(_dist, node), None)
             case Sample():
                 refs = ((node.dist,) if self.through_sites else ()) + ((node.value,) if node.value else ())
-                dist = self.graph.nodes[node.dist]
-                assert isinstance(dist, Dist)
-                return self._through(node, refs, lambda d: [_sample(node, dist, d)], None)
+                return self._through(node, refs, partial(_sample, node, self._dist(node.dist)), None)
             case LogProb():
-                dist = self.graph.nodes[node.dist]
-                assert isinstance(dist, Dist)
-                return self._through(node, (node.dist, node.value), lambda d: [_log_prob(node, dist, d)], None)
+                rule = partial(_log_prob, node, self._dist(node.dist))
+                return self._through(node, (node.dist, node.value), rule, None)
             case Depends():
-                return self._through(node, (node.value, node.on), lambda d: [_depends(node, d)], None)
+                return self._through(node, (node.value, node.on), partial(_depends, node), None)
             case Opaque():
                 refs = refs_in(node.args)
                 if not node.pure:
                     self.worlds.extend(refs)
                     refs = tuple(self.worlds)
-                return self._through(node, refs, lambda d: _opaque(node, _shapes(node), d), None)
+                return self._through(node, refs, partial(_opaque, node, _shapes(node)), None)
             case _:
                 return ()
 
-    def _shape(self, ref: Ref) -> Shape:
-        return self.graph.nodes[ref].tensor.shape
+    def _dist(self, ref: Ref) -> Dist:
+        dist = self.graph.nodes[ref]
+        assert isinstance(dist, Dist)
+        return dist
 
     def _op(self, node: Op) -> tuple[_States, ...]:
         if node.target is operator.getitem:
@@ -416,7 +427,7 @@ class _Analysis:
             raise self.parts[key]
         nodes, results = self.parts[key]
         types, depths = dict(types), dict(depths)
-        known = {ref: constants[ref] for ref in types if ref in constants}
+        known: dict[str, Any] = {ref: constants[ref] for ref in types if ref in constants}
         for part in nodes:
             if (value := _fold(None, part, known)) is not None:
                 known[part.name] = value
@@ -436,6 +447,10 @@ def _names(part: Op) -> tuple[list[Ref], list[TensorType]]:
         return [Ref(part.name)], [part.type]
     assert isinstance(part.type, tuple)
     return [Ref(f"{part.name}.{i}") for i in range(len(part.type))], [t for t in part.type if isinstance(t, TensorType)]
+
+
+def _all_of(shapes: tuple[Shape, ...], depths: Mapping[Ref, Tensor]) -> Depths:
+    return rules.everything(depths.values(), shapes)
 
 
 def _check(depths: Depths, shapes: tuple[Shape, ...]) -> None:
@@ -504,9 +519,9 @@ def _is_detach(node: Op) -> bool:
 
 def _refuse_writes(node: Op) -> None:
     schema = getattr(node.target, "_schema", None)
-    assert schema is None or not schema.is_mutable or is_random(node), (
-        f"%{node.name} ({node.op_name}, {node.loc}) writes in place: functionalize the graph before asking for influence"
-    )
+    op = lookup(node.target)
+    declared = schema is not None and schema.is_mutable and not (op is not None and op.impure)
+    assert not declared, f"%{node.name} ({node.op_name}, {node.loc}) writes in place: functionalize the graph first"
 
 
 _FOLD_LIMIT = 1 << 20
@@ -549,7 +564,7 @@ def _fold(graph: Graph | None, node: Node, constants: Mapping[str, Any]) -> Any:
 
 
 # -- rules of the stochastic nodes --------------------------------------------------------------------------------
-def _dist(node: Dist, shape_of: Callable[[Ref], Shape], depths: Mapping[Ref, Tensor]) -> Tensor:
+def _dist(node: Dist, depths: Mapping[Ref, Tensor]) -> Depths:
     """What each batch element of a distribution reads: [*B]."""
     parts = []
     for ref, event in zip(node.params, node.template.event_dims, strict=True):
@@ -557,10 +572,10 @@ def _dist(node: Dist, shape_of: Callable[[Ref], Shape], depths: Mapping[Ref, Ten
             x = depths[ref]
             kept = max(x.ndim - event, 0)
             parts.append(rules.squash(x, range(kept, x.ndim)).reshape([*rules.tight(x).shape[:kept]]))
-    return rules.join(parts, node.template.batch_shape)
+    return [rules.join(parts, node.template.batch_shape)]
 
 
-def _sample(node: Sample, dist: Dist, depths: Mapping[Ref, Tensor]) -> Tensor:
+def _sample(node: Sample, dist: Dist, depths: Mapping[Ref, Tensor]) -> Depths:
     """[*sample_shape, *B, *E] from [*B]; a replayed value brings its own."""
     shape = node.tensor.shape
     total = rules.nothing(shape)
@@ -569,20 +584,20 @@ def _sample(node: Sample, dist: Dist, depths: Mapping[Ref, Tensor]) -> Tensor:
         total = rules.put_left(depths[node.dist].expand(elements), shape)
     if node.value is not None and node.value in depths:
         total = torch.minimum(rules.tight(total), rules.tight(depths[node.value].expand(shape))).expand(shape)
-    return total
+    return [total]
 
 
-def _log_prob(node: LogProb, dist: Dist, depths: Mapping[Ref, Tensor]) -> Tensor:
+def _log_prob(node: LogProb, dist: Dist, depths: Mapping[Ref, Tensor]) -> Depths:
     """[*B] from the parameters' [*B] and the value's [*B, *E]."""
     parts = [depths[node.dist]] if node.dist in depths else []
     if node.value in depths:
         value, event = depths[node.value], len(dist.template.event_shape)
         kept = max(value.ndim - event, 0)
         parts.append(rules.squash(value, range(kept, value.ndim)).reshape([*rules.tight(value).shape[:kept]]))
-    return rules.join(parts, node.tensor.shape)
+    return [rules.join(parts, node.tensor.shape)]
 
 
-def _depends(node: Depends, depths: Mapping[Ref, Tensor]) -> Tensor:
+def _depends(node: Depends, depths: Mapping[Ref, Tensor]) -> Depths:
     """``value`` as it is, and what ``on`` reads: at the same index, up to it, or anywhere."""
     shape = node.tensor.shape
     parts = [depths[node.value]] if node.value in depths else []
@@ -598,7 +613,7 @@ def _depends(node: Depends, depths: Mapping[Ref, Tensor]) -> Tensor:
         if any(n != 1 for n in x.shape[shared:]):
             raise Unknown("dims named beyond those that value has")
         parts.append(rules.put_left(x.reshape(x.shape[:shared]), shape))
-    return rules.join(parts, shape)
+    return [rules.join(parts, shape)]
 
 
 def _opaque(node: Opaque, shapes: tuple[Shape, ...], depths: Mapping[Ref, Tensor]) -> Depths:

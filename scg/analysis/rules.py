@@ -92,7 +92,7 @@ class Call:
 
 # -- helpers on depths --------------------------------------------------------------------------------------------
 def nothing(shape: Sequence[int]) -> Tensor:
-    return torch.zeros((), dtype=torch.float64).expand(tuple(shape))
+    return torch.zeros((), dtype=torch.float64, device="cpu").expand(tuple(shape))
 
 
 def tight(x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def tight(x: Tensor) -> Tensor:
 
 def join(items: Iterable[Tensor], shape: Shape) -> Tensor:
     """The union of what several tensors, broadcast from the right, read."""
-    return reduce(torch.minimum, map(tight, items), torch.zeros((), dtype=torch.float64)).expand(shape)
+    return reduce(torch.minimum, map(tight, items), torch.zeros((), dtype=torch.float64, device="cpu")).expand(shape)
 
 
 def squash(x: Tensor, dims: Sequence[int] | None) -> Tensor:
@@ -249,6 +249,8 @@ def _contract(call: Call, operands: Iterable[tuple[Any, str]], output: str, rest
         if not isinstance(ref, Ref) or ref not in call.depths:
             continue
         x = tight(call.depths[ref])
+        if x.ndim < len(labels.replace("...", "")):
+            raise Unknown("an operand of lower rank than the contraction's")
         own = _spread(labels, x.ndim - len(labels.replace("...", "")))
         for label in sorted(set(own)):  # a repeated label reads the diagonal: keeping its hull is sound and simple
             while own.count(label) > 1:
@@ -444,7 +446,7 @@ def index(call: Call) -> Depths:
             if call.types[entry].dtype in (torch.bool, torch.uint8):
                 raise Unknown("a mask that is not known when compiling")
             unknown.append(dim)
-            value = torch.zeros(call.shape(entry), dtype=torch.int64)
+            value = torch.zeros(call.shape(entry), dtype=torch.int64, device="cpu")
         picks.append(value)
         dim += 1
     x = squash(call.depth("self"), unknown).expand(shape)
@@ -465,10 +467,10 @@ def gather(call: Call) -> Depths:
     value = call.constant(places)
     dim = call["dim"] % max(x.ndim, 1)
     if x.ndim == 0:
-        return [join([x, call.depth_of(places)], call.out)]
+        return everything(call.others(), call.outputs)
     if value is None:
         x = squash(x, [dim]).expand(x.shape)
-        value = torch.zeros(shape, dtype=torch.int64)
+        value = torch.zeros(shape, dtype=torch.int64, device="cpu")
     return [torch.minimum(x.gather(dim, value), call.depth_of(places))]
 
 
@@ -476,11 +478,10 @@ def index_select(call: Call) -> Depths:
     x, places = call.depth("self"), call["index"]
     dim = call["dim"] % max(x.ndim, 1)
     value = call.constant(places)
-    if value is None or x.ndim == 0:
-        x = squash(x, [dim] if x.ndim else None)
-    else:
-        x = x.index_select(dim, value)
-    own = call.depth_of(places).reshape([-1] + [1] * (len(call.out) - 1 - dim)) if call.out else call.depth_of(places)
+    if x.ndim == 0:
+        return everything(call.others(), call.outputs)
+    x = squash(x, [dim]) if value is None else x.index_select(dim, value)
+    own = call.depth_of(places).reshape([-1] + [1] * (x.ndim - 1 - dim))
     return [join([x, own], call.out)]
 
 
@@ -500,13 +501,13 @@ def scatter(call: Call) -> Depths:
     x, source = call.depth("self"), call.depth_of(call["src"])
     value, dim = call.constant(call["index"]), call["dim"] % max(x.ndim, 1)
     if x.ndim == 0:
-        return [join(call.others(), call.out)]
+        return everything(call.others(), call.outputs)
     shape = call.shape(call["index"])
     source = source[tuple(slice(n) for n in shape)] if source.ndim else source.expand(shape)
     source = torch.minimum(source, call.depth("index"))
     if value is None:
         source = squash(source, [dim])
-        padded = torch.zeros([1 if d == dim else n for d, n in enumerate(call.out)], dtype=torch.float64)
+        padded = torch.zeros([1 if d == dim else n for d, n in enumerate(call.out)], dtype=torch.float64, device="cpu")
         padded[tuple(slice(None if d == dim else n) for d, n in enumerate(shape))] = source.expand(
             [1 if d == dim else n for d, n in enumerate(shape)]
         )
@@ -521,7 +522,7 @@ def index_write(call: Call) -> Depths:
     x, places = call.depth("self"), call["index"]
     value, dim = call.constant(places), call["dim"] % max(x.ndim, 1)
     if x.ndim == 0:
-        return [join(call.others(), call.out)]
+        return everything(call.others(), call.outputs)
     written = call["source"] if call["source"] is not None else call["value"]
     source = join(
         [call.depth_of(written), call.depth_of(places).reshape([-1] + [1] * (x.ndim - 1 - dim))],
@@ -545,9 +546,11 @@ def index_put(call: Call) -> Depths:
         assert written is not None
         return [join([x, written], call.out)]
     at = tuple(slice(None) if v is None else v for v in values)
-    places = torch.arange(math.prod(x.shape)).reshape(x.shape)[at]
+    places = torch.arange(math.prod(x.shape), device="cpu").reshape(x.shape)[at]
     if not call["accumulate"]:
-        x = x.index_put([v if v is not None else None for v in values], torch.zeros((), dtype=torch.float64))  # type: ignore[list-item]
+        x = x.index_put(
+            [v if v is not None else None for v in values], torch.zeros((), dtype=torch.float64, device="cpu")
+        )
     source = call.depth("values").expand(places.shape).reshape(-1)
     return [x.reshape(-1).scatter_reduce(0, places.reshape(-1), source, "amin").reshape(call.out)]
 
@@ -628,7 +631,7 @@ def attention(call: Call) -> Depths:
             parts.append(_contract(call, [(ref, labels)], "...lv"))
             continue
         x = call.depths[ref].cummin(-2).values
-        rows = torch.arange(call.out[-2]).clamp(max=x.shape[-2] - 1)
+        rows = torch.arange(call.out[-2], device="cpu").clamp(max=x.shape[-2] - 1)
         x = x.index_select(-2, rows)
         parts.append(x.amin(-1, keepdim=True) if ref == key else x)
     first = join(parts, call.out)
@@ -647,6 +650,30 @@ def matrix(call: Call) -> Depths:
         for x in map(tight, call.others())
     ]
     return [put_left(reduce(torch.minimum, wholes), shape) for shape in call.outputs]
+
+
+def solve(call: Call) -> Depths:
+    """A X = B: each system as a whole; B may be a batch of vectors."""
+    shapes = [call.shape(call["A"]), call.shape(call["B"])]
+    vector = len(shapes[1]) == 1 or shapes[1] == shapes[0][:-1]
+    parts = []
+    for name, trailing in (("A", 2), ("B", 1 if vector else 2)):
+        x = squash(call.depth(name), range(-trailing, 0))
+        parts.append(x.reshape(x.shape[:-trailing]))
+    batch = reduce(torch.minimum, parts)
+    return [put_left(batch, shape) for shape in call.outputs]
+
+
+def search(call: Call) -> Depths:
+    """bucketize(values, boundaries), searchsorted(sequence, values): each value among the whole of a sequence."""
+    ordered = call.depth("boundaries" if "boundaries" in call.named else "sorted_sequence")
+    if call["sorter"] is not None:
+        raise Unknown("a sorter")
+    return [join([squash(ordered, [-1]), call.depth("self")], call.out)]
+
+
+def whole(call: Call) -> Depths:
+    return everything(call.others(), call.outputs)
 
 
 def no_reading(call: Call) -> Depths:
@@ -682,6 +709,9 @@ RULES: dict[str, Callable[[Call], Depths]] = {
     "attention": attention,
     "matrix": matrix,
     "kron": kron,
+    "solve": solve,
+    "search": search,
+    "whole": whole,
     "loss": loss,
     "composite": composite,
     "nothing": no_reading,

@@ -81,7 +81,7 @@ class Smoothness:
     _bits: Mapping[str, int] = field(repr=False)
 
     def break_between(self, site: str, node: str) -> Break | None:
-        """Where the paths from the draw of ``site`` to ``node`` stop being differentiable and continuous; None: nowhere.
+        """Where the paths from the draw of ``site`` to ``node`` stop being differentiable and continuous, if anywhere.
 
         Only paths that pass no other draw count: ask about the `Dist` of each downstream site too. A stop on the way
         is a break if ``site`` was drawn by ``sample`` (the derivative of the expectation was asked for).
