@@ -32,7 +32,10 @@ def capture(fn: Callable[..., Any], *inputs: Tensor, params: Mapping[str, Tensor
     for node in captured.graph.nodes:
         type = type_of(node.meta.get("val"))
         if node.op == "placeholder" and placeholders < len(inputs):
-            nodes.append(Input(name=node.name, type=type, path=node.name, position=placeholders))
+            requires_grad = inputs[placeholders].requires_grad
+            nodes.append(
+                Input(name=node.name, type=type, path=node.name, position=placeholders, requires_grad=requires_grad)
+            )
             placeholders += 1
         elif node.op == "placeholder":
             path = list(params)[placeholders - len(inputs)]
@@ -48,7 +51,8 @@ def capture(fn: Callable[..., Any], *inputs: Tensor, params: Mapping[str, Tensor
             outputs = _refs(node.args[0])
         else:
             args, kwargs = _refs(node.args), _refs(node.kwargs)
-            nodes.append(Op(name=node.name, type=type, loc="t.py:1", target=node.target, args=args, kwargs=kwargs))
+            target = torch.ops.aten.detach.default if node.target is torch.ops.aten.detach_.default else node.target
+            nodes.append(Op(name=node.name, type=type, loc="t.py:1", target=target, args=args, kwargs=kwargs))
     objective = outputs[0] if isinstance(outputs, tuple) else outputs
     table = {node.name: node for node in nodes}
     return Graph(name="test", nodes=table, objective=objective, outputs=outputs, tensors=tensors)
@@ -120,7 +124,7 @@ def check_rewrite(
     return rewritten
 
 
-def differentiate(fn: Callable[..., Any], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+def differentiate(fn: Callable[..., Any], *inputs: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Outputs of ``fn`` and the gradient of a fixed random function of them, under one seed."""
     torch.manual_seed(0)
     copies = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
@@ -129,5 +133,6 @@ def differentiate(fn: Callable[..., Any], *inputs: Tensor) -> tuple[tuple[Tensor
     leaves = [x for x in copies if x.requires_grad]
     floating = [y for y in outputs if y.requires_grad]
     total = sum((y * torch.linspace(1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)).sum() for y in floating)
-    gradients = torch.autograd.grad(total, leaves, allow_unused=True) if isinstance(total, Tensor) and leaves else ()
+    differentiable = isinstance(total, Tensor) and leaves
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True) if differentiable else ()
     return tuple(y.detach() for y in outputs), gradients
