@@ -50,6 +50,8 @@ class Captured:
     modules: Mapping[str, nn.Module]
     containers: Mapping[str, Container]
     """Attribute tables, lists and dicts that a call of the model may change."""
+    caches: frozenset[str]
+    """Paths of the containers that torch fills by itself: of its own modules, of distributions and transforms."""
     readers: tuple[Reader, ...]
     """Each gives the present values of one container, function or module."""
     alive: tuple[Any, ...]
@@ -78,6 +80,7 @@ def captured(model: Callable[..., Any]) -> Captured:
         tensors=walk.tensors,
         modules=walk.modules,
         containers=walk.containers,
+        caches=frozenset(walk.caches),
         readers=tuple(walk.readers),
         alive=(*walk.seen.values(), *walk.compared),
         values=tuple([read() for read in walk.readers]),
@@ -146,6 +149,7 @@ class _Walk:
         self.tensors: dict[str, Tensor] = {}
         self.modules: dict[str, nn.Module] = {}
         self.containers: dict[str, Container] = {}
+        self.caches: set[str] = set()
         self.readers: list[Reader] = []
         self.seen: dict[int, Any] = {}
         self.compared: list[Any] = []
@@ -160,7 +164,7 @@ class _Walk:
             case nn.Module():
                 self._module(value, path)
             case Distribution() | Transform():
-                self._table(vars(value), path)
+                self.caches.add(self._table(vars(value), path))
             case list() | dict() | tuple() | set() | frozenset():
                 self._container(value, path)
             case functools.partial():
@@ -200,7 +204,9 @@ class _Walk:
         for table in hooks:
             for hook in table.values():
                 self.visit(hook, path)
-        self._table(attributes, path)
+        table_path = self._table(attributes, path)
+        if type(module).__module__.startswith("torch."):
+            self.caches.add(table_path)
         self._methods(type(module), path)
 
     def _object(self, value: Any, path: str) -> None:
@@ -272,14 +278,16 @@ class _Walk:
             for i, item in enumerate(value if short else ()):
                 self.visit(item, _join(path, i))
 
-    def _table(self, table: dict[Any, Any], path: str) -> None:
-        """A dict whose values the model may read by key."""
-        self.containers[self._free(path, self.containers)] = table
+    def _table(self, table: dict[Any, Any], path: str) -> str:
+        """A dict whose values the model may read by key; returns the path it is registered by."""
+        registered = self._free(path, self.containers)
+        self.containers[registered] = table
         keys = [key for key in table if key not in _SKIPPED]
         self.readers.append(lambda: len(table))
         self._compare(table, keys)
         for key in keys:
             self.visit(table[key], _join(path, key))
+        return registered
 
     def _compare(self, table: Mapping[Any, Any], keys: Sequence[Any]) -> None:
         """Adds a reader of these entries: type and value of plain ones, identity of others."""

@@ -10,7 +10,6 @@ normalised twice::
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Transform
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import lazy_property
 
 _EVENT_DIMS = {
@@ -210,7 +210,7 @@ def _own_state(dist: Distribution) -> dict[str, Any]:
 def _transform_state(transform: Transform) -> dict[str, Any]:
     """The instance's attributes without its links to its inverse and to the last value it computed."""
     state = dict(vars(transform))
-    if isinstance(state.get("_inv"), weakref.ref):
+    if not isinstance(transform, _InverseTransform):  # of which it is the content
         state["_inv"] = None
     if "_cached_x_y" in state:
         state["_cached_x_y"] = (None, None)

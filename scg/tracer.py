@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.autograd.function import Function, _SingleLevelFunction
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, disable_autocast_cache
+from torch.fx.experimental.proxy_tensor import disable_autocast_cache
 from torch.utils import _pytree as pytree
 
 from scg import ir
@@ -29,7 +29,7 @@ from scg.ir import Graph, Ref
 from scg.primitives import handling
 from scg.tracer_frames import traceback_loc
 from scg.tracer_graph import Converter, without_glue
-from scg.tracer_recorder import Recorder
+from scg.tracer_recorder import InnerGradient, OperationMode, Recorder
 
 _lock = threading.RLock()  # the pre-dispatch mode stack is one for the whole process
 
@@ -52,11 +52,18 @@ def trace(
     Returns:
         The graph before any pass.
     """
-    kwargs = dict(kwargs or {})
+    try:
+        return _trace(model, tuple(args), dict(kwargs or {}), pre_dispatch=True)
+    except InnerGradient:  # the backward of a composite operation reads tensors that only its parts compute
+        return _trace(model, tuple(args), dict(kwargs or {}), pre_dispatch=False)
+
+
+def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], pre_dispatch: bool) -> Graph:
+    """One recording; ``pre_dispatch``: of whole ATen operations, else of those that autograd runs for them."""
     found = captured(model)
     recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=True), found)
-    with _lock, restored(found) as changes, _recording(recorder):
-        fake_args, fake_kwargs = _fake_arguments(recorder, model, tuple(args), kwargs)
+    with _lock, restored(found) as changes, _recording(recorder, pre_dispatch):
+        fake_args, fake_kwargs = _fake_arguments(recorder, model, args, kwargs)
         try:
             with recorder:
                 result = model(*fake_args, **fake_kwargs)
@@ -87,13 +94,13 @@ def trace(
 
 
 @contextmanager
-def _recording(recorder: Recorder) -> Iterator[None]:
+def _recording(recorder: Recorder, pre_dispatch: bool) -> Iterator[None]:
     """Everything that has to be in place while the user's function runs; nothing of it stays."""
     with ExitStack() as stack:
         stack.enter_context(recorder.fake_mode)
         stack.enter_context(torch.enable_grad())  # a first call in evaluation must not mark every node as data
         stack.enter_context(enable_python_dispatcher())
-        stack.enter_context(ProxyTorchDispatchMode(recorder.tracer, "real", pre_dispatch=True))
+        stack.enter_context(OperationMode(recorder.tracer, "real", pre_dispatch=pre_dispatch))
         stack.enter_context(disable_autocast_cache())
         stack.enter_context(intercept(recorder.on_attribute))
         stack.enter_context(_functions_through(recorder.on_function))
@@ -136,7 +143,7 @@ def _keep_state(recorder: Recorder, found: Captured, changes: list[Change]) -> N
                 f"the model reads {change.name} and then sets it to another tensor, which a compiled call cannot: "
                 "register it as a buffer."
             )
-        elif not type(found.modules.get(change.path)).__module__.startswith("torch."):  # whose hooks set weights
+        elif change.path not in found.caches:
             warnings.warn(
                 f"the model sets {change.name} when it is called; a compiled call does not. "
                 "Register state as a buffer, and return what is wanted outside.",

@@ -20,13 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import Function
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 from torch.fx.experimental.proxy_tensor import (
+    ProxyTorchDispatchMode,
     PythonKeyTracer,
     disable_proxy_modes_tracing,
     get_proxy_slot,
     track_tensor_tree,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from scg import ir
 from scg.capture import Captured
@@ -51,6 +52,66 @@ class Fact:
     """The user chose the node's name."""
 
 
+class InnerGradient(TraceError):
+    """A gradient taken inside the model reads something that a node computed inside itself."""
+
+
+class OperationMode(ProxyTorchDispatchMode):
+    """fx's recording of ATen operations, with the casts that autocast makes below them written out."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        device = _autocast_device(args) if self.pre_dispatch else None
+        if device is not None:
+            kwargs = kwargs or {}
+            if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), f"Autocast{device.upper()}"):
+                dtype = _autocast_dtype(func, args, kwargs)
+                with torch.autocast(device, enabled=False), self:
+                    cast = partial(_cast, dtype)
+                    return func(*_map_tensors(cast, args), **_map_tensors(cast, kwargs))
+            with self:  # a composite operation: autocast acts on its parts
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _autocast_device(args: Any) -> str | None:
+    """The device type of the arguments, where autocast is on for it."""
+    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        return None
+    found: list[Tensor] = []
+    _map_tensors(found.append, args)
+    device = next((tensor.device.type for tensor in found), None)
+    return device if device is not None and torch.is_autocast_enabled(device) else None
+
+
+def _autocast_dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
+    """The floating dtype in which autocast runs an operation, if it is one for all arguments."""
+    with _FirstOperation() as first:
+        func(*args, **kwargs)
+    return first.dtypes.pop() if len(first.dtypes) == 1 else None
+
+
+class _FirstOperation(TorchDispatchMode):
+    """Notes the floating dtypes that reach the first operation that is not a cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.dtypes and func is not torch.ops.aten._to_copy.default:
+            found: list[Tensor] = []
+            _map_tensors(found.append, args)
+            self.dtypes = {tensor.dtype for tensor in found if tensor.is_floating_point()}
+        return func(*args, **(kwargs or {}))
+
+
+def _cast(dtype: torch.dtype | None, tensor: Tensor) -> Tensor:
+    wanted = dtype is not None and tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64)
+    return tensor.to(dtype) if wanted else tensor
+
+
 class Tracer(PythonKeyTracer):
     """fx's tracer of ATen operations, noting for each node where it comes from."""
 
@@ -73,9 +134,9 @@ class Tracer(PythonKeyTracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, FakeTensor):
-            raise TraceError(
-                f"{user_loc()}: a value computed inside a distribution or a custom function is used outside of it "
-                "(by torch.autograd.grad in the model?). Compute the loss from log_prob and the draw alone."
+            raise InnerGradient(
+                f"{user_loc()}: torch.autograd.grad reads a value computed inside a distribution or a custom function, "
+                "which are captured whole. Write the density out in tensor code."
             )
         if isinstance(a, Tensor):
             return self.recorder.node_of(self.recorder.lift(a))
@@ -213,6 +274,8 @@ class Recorder(TorchFunctionMode):
             stack.enter_context(torch._C.DisableTorchFunction())
             stack.enter_context(disable_proxy_modes_tracing())
             stack.enter_context(torch._C._ExcludeDispatchKeyGuard(_PRE_DISPATCH))
+            for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):  # acts on operations, not inside of nodes
+                stack.enter_context(torch.autocast(device, enabled=False))
             try:
                 yield
             finally:
@@ -365,8 +428,10 @@ class Recorder(TorchFunctionMode):
         if torch._C._functorch.maybe_current_level() is not None:
             raise TraceError(f"{user_loc()}: torch.func transforms (vmap, grad, jvp) are not captured.")
         args, kwargs = _map_tensors(self.lift, args), _map_tensors(self.lift, kwargs)
-        if func is _DATA:
+        if func == _DATA:
             return args[0].detach()
+        if func in _CONSTRUCTORS and isinstance(args[0], (list, tuple)) and _nodes_in(self.nodes_in(args[0])):
+            raise TraceError(f"{user_loc()}: {func.__name__}() reads the values of traced tensors: use torch.stack().")
         if func in _RANDOM and any(map(self.is_live, (*args, *kwargs.values()))):
             return _RANDOM[func](self, *args, **kwargs)
         return func(*args, **kwargs)
@@ -422,6 +487,7 @@ _RANDOM: dict[Any, Callable[..., Tensor]] = {
 }
 """Random functions that are sites where their parameters are learned, and noise elsewhere."""
 
+_CONSTRUCTORS = frozenset({torch.tensor, torch.as_tensor, torch.asarray})
 _PRE_DISPATCH = torch._C.DispatchKeySet(torch._C.DispatchKey.PreDispatch)
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
