@@ -69,7 +69,7 @@ def to_dot(picture: Picture) -> str:
         f'  node [fontname="{FONT}" style=filled penwidth=1.1 margin="0.12,0.05"]',
         f'  edge [fontname="{FONT}" fontsize=10 color="{PALETTE["edge"][0]}" penwidth=1.1 arrowsize=0.65]',
         *_clusters(picture.boxes, ()),
-        *(_arrow(arrow) for arrow in picture.arrows),
+        *(_arrow(arrow, f"e{i}") for i, arrow in enumerate(picture.arrows)),
         "}",
     ]
     return "\n".join(lines) + "\n"
@@ -103,11 +103,11 @@ def _box(box: Box) -> str:
     table = f'<TABLE BORDER="0" CELLBORDER="0" CELLSPACING="0" CELLPADDING="0">{rows}</TABLE>'
     fill, line = (PALETTE[role][0] for role in _COLOURS[box.kind])
     look = f'{_SHAPES[box.kind]} fillcolor="{fill}" color="{line}"'
-    return f"{box.id} [{look} label=<{table}> tooltip={_quote(box.tooltip)} class={box.kind}]"
+    return f"{box.id} [id={box.id} {look} label=<{table}> tooltip={_quote(box.tooltip)} class={box.kind}]"
 
 
-def _arrow(arrow: Arrow) -> str:
-    tooltip = f"tooltip={_quote(arrow.tooltip)} class={arrow.kind}"
+def _arrow(arrow: Arrow, id: str) -> str:
+    tooltip = f"id={id} tooltip={_quote(arrow.tooltip)} class={arrow.kind}"
     if arrow.kind == "data":
         return f"  {arrow.tail} -> {arrow.head} [{tooltip}]"
     orange = PALETTE["cost line"][0]
@@ -147,7 +147,6 @@ def _legend(picture: Picture) -> str:
 
 
 def _quote(text: str) -> str:
-    """A DOT string; ampersands are escaped because graphviz reads entities, backslashes because it reads escapes."""
-    clean = "".join(char if char.isprintable() or char == "\n" else " " for char in text)
-    clean = clean.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    """A DOT string."""
+    clean = text.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{clean}"'

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 
-from scg.backends.dot import PALETTE, to_dot
+from scg.backends.dot import PALETTE
 from scg.backends.layout import svg
 from scg.backends.views import VIEWS, Picture, picture
 from scg.ir import Graph
@@ -48,8 +48,7 @@ def _texts(graph: Graph, code: str) -> Iterable[tuple[str, str, str]]:
 
 
 def _drawn(name: str, drawn: Picture) -> str:
-    element = svg(to_dot(drawn), f"{drawn.title}, {drawn.caption}")
-    return element.replace("<svg ", f'<svg data-view="{name}" hidden="" ', 1)
+    return svg(drawn).replace("<svg ", f'<svg data-view="{name}" hidden="" ', 1)
 
 
 def _listing(id: str, title: str, text: str) -> str:

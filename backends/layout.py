@@ -7,12 +7,12 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 
-from scg.backends.dot import PALETTE
+from scg.backends.dot import PALETTE, to_dot
+from scg.backends.views import Picture
 from scg.errors import ScgError
 
 _SVG = "http://www.w3.org/2000/svg"
 _SPACE = "{http://www.w3.org/XML/1998/namespace}space"
-_TITLE = "{http://www.w3.org/1999/xlink}title"
 
 
 def lay_out(dot: str, format: str) -> bytes:
@@ -33,49 +33,42 @@ def lay_out(dot: str, format: str) -> bytes:
     return drawn
 
 
-def svg(dot: str, label: str) -> str:
-    """``dot`` as an SVG element that stands alone or inside a page: native tooltips, no ids, light and dark colours.
-
-    Args:
-        dot: the graph.
-        label: what a screen reader says.
-    """
-    root = ET.fromstring(lay_out(dot, "svg"))
+def svg(picture: Picture) -> str:
+    """``picture`` as an SVG element that stands alone or inside a page: tooltips, no ids, light and dark colours."""
+    root = ET.fromstring(lay_out(to_dot(picture), "svg"))
+    tooltips = {box.id: box.tooltip for box in picture.boxes}
+    tooltips |= {f"e{i}": arrow.tooltip for i, arrow in enumerate(picture.arrows)}
     ET.register_namespace("", _SVG)
-    for group in root.iter(f"{{{_SVG}}}g"):
-        _native_tooltip(group)
-        if "node" in group.get("class", ""):
+    for group in list(root.iter(f"{{{_SVG}}}g")):
+        kinds = group.get("class", "").split()
+        if "node" in kinds or "edge" in kinds:
+            _native_tooltip(group, tooltips[group.attrib["id"]])
+        elif (title := group.find(f"{{{_SVG}}}title")) is not None:
+            group.remove(title)
+        if "node" in kinds:
             _centre(group)
     for element in root.iter():
         element.attrib.pop("id", None)  # several pictures may stand in one page
-    root.attrib |= {"class": "scg", "role": "img", "aria-label": label}
+    root.attrib |= {"class": "scg", "role": "img", "aria-label": f"{picture.title}, {picture.caption}"}
     style = ET.Element(f"{{{_SVG}}}style")
     style.text = _DARK
     root.insert(0, style)
     return ET.tostring(root, encoding="unicode")
 
 
-def _native_tooltip(group: ET.Element) -> None:
-    """graphviz puts tooltips into links around the shapes; browsers and viewers show a ``title`` element instead.
+def _native_tooltip(group: ET.Element, tooltip: str) -> None:
+    """graphviz wraps shapes in links to carry tooltips; browsers and viewers show a ``title`` element instead.
 
-    The name that graphviz writes there becomes the attribute ``data-id``.
+    The ends of an edge, which graphviz writes there, become the attribute ``data-id``.
     """
     title = group.find(f"{{{_SVG}}}title")
-    if title is None:
-        return
-    tooltip = ""
-    for parent in list(group.iter()):
-        for link in parent.findall(f"{{{_SVG}}}a"):
-            tooltip = link.get(_TITLE) or tooltip
-            at = list(parent).index(link)
-            parent.remove(link)
-            for child in reversed(link):
-                parent.insert(at, child)
-    if "graph" not in group.get("class", ""):
-        group.set("data-id", title.text or "")
-        title.text = tooltip
-    else:
-        group.remove(title)
+    assert title is not None
+    group.set("data-id", title.text or "")
+    title.text = tooltip
+    for wrapper in group.findall(f"{{{_SVG}}}g"):
+        (link,) = wrapper
+        group.remove(wrapper)
+        group.extend(link)
 
 
 def _centre(group: ET.Element) -> None:

@@ -49,5 +49,4 @@ def render(
 
 def inline_svg(graph: Graph, view: str = "stochastic") -> str:
     """One SVG element, to be put into a page or a file."""
-    drawn = picture(graph, view)
-    return svg(to_dot(drawn), f"{drawn.title}, {drawn.caption}")
+    return svg(picture(graph, view))

@@ -358,7 +358,7 @@ class _Builder:
         for (site, cost), edge in self.graph.credit.items():
             ends = (self.graph.costs[cost], self.graph[site])
             text = f"{ends[0].label} teaches {site}: {edge.label}"
-            tooltip = "\n".join([text, *dict.fromkeys(node.loc for node in ends if node.loc)])
+            tooltip = _printable("\n".join([text, *dict.fromkeys(node.loc for node in ends if node.loc)]))
             self.arrows.append(Arrow(self.ids[cost], self.ids[site], "credit", tooltip, edge.label))
 
     def _credit_lines(self) -> None:
@@ -373,7 +373,13 @@ class _Builder:
 
     def picture(self, view: str, sideways: bool = False) -> Picture:
         caption = f"minimises {objective_text(self.graph)}"
-        return Picture(f"{self.graph.name} · {view}", caption, tuple(self.boxes), tuple(self.arrows), sideways)
+        return Picture(
+            _short(f"{self.graph.name} · {view}", 60),
+            _short(caption, 90),
+            tuple(self.boxes),
+            tuple(self.arrows),
+            sideways,
+        )
 
 
 def _kind(graph: Graph, node: Node) -> Kind:
@@ -454,7 +460,7 @@ def _tooltip(graph: Graph, nodes: list[Node]) -> str:
         chosen = ", ".join(estimator_texts(graph, last)) or "no estimator"
         texts.append(f"{chosen}: {last.reason}" if last.reason else chosen)
         texts += [f"credited costs: {', '.join(last.credits)}"] if last.credits else []
-        return "\n".join([*texts, last.loc]).strip()
+        return _printable("\n".join([*texts, last.loc])).strip()
     return "\n".join(_at_most([_value_text(node) for node in nodes], 14))
 
 
@@ -470,8 +476,13 @@ def _line(text: str, style: Style) -> Line:
 
 def _short(text: str, limit: int = 38) -> str:
     """``text`` without control characters, its middle left out when it is long."""
-    clean = "".join(char if char.isprintable() else " " for char in text)
+    clean = _printable(text)
     return clean if len(clean) <= limit else f"{clean[: limit * 2 // 3]}…{clean[-(limit // 3) :]}"
+
+
+def _printable(text: str) -> str:
+    """``text`` with spaces for characters that no format can hold; line ends are kept."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)
 
 
 def _at_most(texts: list[str], limit: int) -> list[str]:

@@ -163,8 +163,8 @@ def _draws(graph: Graph, estimator: Estimator | None) -> int:
 
 
 def objective_text(graph: Graph) -> str:
-    """``E[nll + kl]``, from the labels of the costs; long sums are cut short."""
-    labels = list(dict.fromkeys(cost.label for cost in graph.costs.values())) or [str(graph.objective)]
+    """``E[mean], linear in nll, kl``: the objective's own name and its costs' labels, long lists cut short."""
+    labels = list(dict.fromkeys(cost.label for cost in graph.costs.values()))
     if len(labels) > 6:
-        labels = [*labels[:5], "…", labels[-1]]
-    return f"E[{' + '.join(labels)}]"
+        labels = [*labels[:4], "…", labels[-1]]
+    return f"E[{graph.objective}]" + (f", linear in {', '.join(labels)}" if labels and graph.tail else "")
