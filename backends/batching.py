@@ -286,9 +286,13 @@ class Call:
         return bind(self.op)(*args, **kwargs)
 
     @property
-    def out_shape(self) -> tuple[int, ...]:
+    def out_type(self) -> TensorType:
         assert isinstance(self.op.type, TensorType)
-        return self.op.type.shape
+        return self.op.type
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return self.out_type.shape
 
 
 def _operands(call: Call) -> list[Batched]:
@@ -362,20 +366,23 @@ def _reduce(call: Call) -> Any:
     rest = list(call.args[1:])
     kwargs = dict(call.kwargs)
     name = packet_name(call.op.target)
+    if x.ndim == 0:
+        if name not in ("sum", "mean", "amax", "amin", "logsumexp", "nansum", "nanmean"):
+            raise NoRule
+        dtype = call.out_type.dtype
+        return x.tensor if x.tensor.dtype == dtype else x.tensor.to(dtype)
     if not rest and "dim" not in kwargs:  # over everything
-        if x.ndim == 0:
-            return call.invoke(x.tensor, [], **kwargs) if name in ("sum", "mean") else x.tensor
         return _over_all(name, x, kwargs)
     if "dim" in kwargs:
         kwargs["dim"] = _dims_list(kwargs["dim"], x.ndim)
     else:
         rest[0] = _dims_list(rest[0], x.ndim)
-    if x.ndim == 0:
-        raise NoRule
     return call.invoke(x.tensor, *rest, **kwargs)
 
 
 def _over_all(name: str, x: Batched, kwargs: dict[str, Any]) -> Any:
+    if x.ndim == 0 and name in ("max", "min", "prod", "all", "any", "median"):
+        return x.tensor
     dims = _dims_list(None, x.ndim)
     if name in ("sum", "mean", "amax", "amin", "var", "std", "prod", "all", "any", "max", "min", "logsumexp", "median"):
         flat = x.tensor.flatten(len(x.dims)) if len(dims) > 1 else x.tensor

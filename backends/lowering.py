@@ -197,19 +197,31 @@ class Interpreter:
             value: Batched = self.env[site.value]
             return Batched(value.tensor.detach(), value.dims)
         dims = self.dims.union(self._param_dims(site.dist), own_dims(site, self.graph.samples))
-        dist = self.distribution(site.dist, dims, site.sample_shape)
+        carried = self._param_dims(site.dist)
+        dist = self.distribution(site.dist, carried)
         self._check(site, dist)
+        new = tuple(name for name in dims if name not in carried)
+        shape = torch.Size([*self.dims.sizes(new), *site.sample_shape])
+
+        def place(drawn: Tensor) -> Batched:
+            """From ``[*new | *sample_shape | *carried | …]`` to ``[*dims | *sample_shape | …]``."""
+            have = [*new, *[""] * len(site.sample_shape), *carried]
+            want = [*(have.index(name) for name in dims), *(len(new) + i for i in range(len(site.sample_shape)))]
+            if want != sorted(want):
+                drawn = drawn.permute([*want, *range(len(want), drawn.dim())])
+            return Batched(drawn, dims)
+
         if isinstance(dist, TransformedDistribution) and not _transform_params(self._dist_node(site.dist)):
             pathwise = isinstance(site.estimator, PathwiseEstimator)
-            before = dist.base_dist.rsample() if pathwise else dist.base_dist.sample().detach()
-            self.before_transform[site.name] = Batched(before, dims)
+            before = dist.base_dist.rsample(shape) if pathwise else dist.base_dist.sample(shape).detach()
+            self.before_transform[site.name] = place(before)
             after = before
             for transform in dist.transforms:
                 after = transform(after)
-            return Batched(after, dims)
+            return place(after)
         if isinstance(site.estimator, (PathwiseEstimator, ScoreEstimator)):
-            return Batched(site.estimator.draw(dist), dims)
-        return Batched(dist.sample().detach(), dims)
+            return place(site.estimator.draw(dist, shape))
+        return place(dist.sample(shape).detach())
 
     def _support(self, site: Sample) -> Tensor:
         support = self.supports[site.name]
@@ -547,8 +559,8 @@ class _SingleDraw:
             case Dist():
                 self.params[node.name] = [self.env[ref] for ref in node.params]
             case Sample():
-                dist = of.distribution(node.dist, (), node.sample_shape, self.params[node.dist])
-                self.env[node.name] = Batched(dist.sample().detach())
+                dist = of.distribution(node.dist, (), params=self.params[node.dist])
+                self.env[node.name] = Batched(dist.sample(torch.Size(node.sample_shape)).detach())
             case LogProb():
                 template = of._dist_node(node.dist).template
                 value: Batched = self.env[node.value]

@@ -201,7 +201,7 @@ class Recorder(TorchFunctionMode):
 
     def _track_all(self, out: Any, node: fx.Node) -> Any:
         if isinstance(out, Tensor):
-            return self._track(out, node)
+            return out if id(out) in self._nodes else self._track(out, node)  # an argument may come back among others
         if isinstance(out, (tuple, list)):
             for i, item in enumerate(out):
                 if _has_tensor(item):

@@ -114,8 +114,8 @@ class Estimator:
 class PathwiseEstimator(Estimator):
     """The draw carries the derivative."""
 
-    def draw(self, dist: Distribution) -> Tensor:
-        """One draw, differentiable in the parameters.  ``[*dims | *B | *E]``"""
+    def draw(self, dist: Distribution, shape: torch.Size) -> Tensor:
+        """Draws, differentiable in the parameters.  ``[*shape | *B | *E]``"""
         raise NotImplementedError
 
 
@@ -136,9 +136,9 @@ class Signal:
 class ScoreEstimator(Estimator):
     """The draw is detached and a term of value zero carries the gradient."""
 
-    def draw(self, dist: Distribution) -> Tensor:
-        """One detached draw.  ``[*dims | *B | *E]``"""
-        return dist.sample().detach()
+    def draw(self, dist: Distribution, shape: torch.Size) -> Tensor:
+        """Detached draws.  ``[*shape | *B | *E]``"""
+        return dist.sample(shape).detach()
 
     def multiplier(self, signal: Signal) -> Tensor:
         """What the score is multiplied by: the signal less its baseline.  ``[*dims | *elements]``"""

@@ -124,8 +124,9 @@ class RunningMean(nn.Module):
         full = torch.broadcast_shapes(tuple(cost.shape[cost.dim() - keep :]), self.shape)
         lead = cost.dim() - keep
         over = [*range(lead), *(lead + i for i in range(keep) if self.shape[i] == 1)]
-        mean = cost.expand(*cost.shape[:lead], *full).mean(over, keepdim=True) if over else cost
-        mean = mean.reshape(self.shape)
+        mean = cost.expand([*cost.shape[:lead], *full])
+        if over:
+            mean = mean.mean(over, keepdim=True).reshape(self.shape)
         self.total.mul_(self.decay).add_(mean.to(self.total.dtype), alpha=1 - self.decay)
         self.weight.mul_(self.decay).add_(1 - self.decay)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -36,5 +37,5 @@ class Reparam(PathwiseEstimator):
             return Support(False, site.pathwise_break)
         return YES
 
-    def draw(self, dist: Distribution) -> Tensor:
-        return dist.rsample()
+    def draw(self, dist: Distribution, shape: torch.Size) -> Tensor:
+        return dist.rsample(shape)
