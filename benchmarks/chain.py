@@ -21,7 +21,7 @@ class Chain(nn.Module):
         loss = torch.zeros(())
         for _ in range(self.steps):
             z = Bernoulli(logits=self.policy(state)).sample()
-            state = torch.tanh(self.dynamics(state) + z - 0.5)
+            state = torch.tanh(self.dynamics(state + z - 0.5))
             loss = loss + (state**2).sum(-1).mean()
         return loss
 
@@ -34,7 +34,7 @@ def by_hand(model: Chain, state: Tensor, K: int) -> Tensor:
         logits = model.policy(state)
         z = torch.bernoulli(torch.sigmoid(logits).detach())
         log_probs.append(-F.binary_cross_entropy_with_logits(logits, z, reduction="none"))
-        state = torch.tanh(model.dynamics(state) + z - 0.5)
+        state = torch.tanh(model.dynamics(state + z - 0.5))
         costs.append((state**2).sum(-1))
     cost, log_prob = torch.stack(costs), torch.stack(log_probs)  # [T, K, B], [T, K, B, D]
     to_go = cost.detach().flip(0).cumsum(0).flip(0)
