@@ -147,13 +147,20 @@ class _Group:
     def anonymous(self) -> bool:
         return not self.label and isinstance(self.members[-1], _BLOCK)
 
+    @property
+    def title(self) -> str:
+        """The innermost module around all members: a list of modules says which one."""
+        scopes = [_prefixes(node.scope) for node in self.members if isinstance(node, _BLOCK)]
+        return max(set(scopes[0]).intersection(*scopes[1:]), key=len)
+
 
 class _Blocks:
     """The partition of the shown nodes into boxes.
 
     Operations join the box of an operand of the same module that the same sites influence, unless that closes a cycle
-    of boxes; then anonymous boxes with a single reader of their kind, or a cost, dissolve into it. Distributions are
-    never drawn: a reader of one reads its parameters.
+    of boxes; then anonymous boxes with a single reader of their kind, or a cost, dissolve into it, and so do those that
+    prepare the parameters of a site in the line of its distribution. Distributions are never drawn: a reader of one
+    reads its parameters.
     """
 
     def __init__(self, graph: Graph, shown: set[str]) -> None:
@@ -237,7 +244,7 @@ class _Blocks:
         return found
 
     def _dissolve(self) -> None:
-        """Anonymous blocks that only one anonymous block, or one cost, reads become part of it."""
+        """Anonymous blocks that a single anonymous block, cost or distribution reads become part of it."""
         readers = self._readers()
         for key in sorted(self.table, reverse=True):
             group = self.table[key]
@@ -245,11 +252,18 @@ class _Blocks:
                 continue
             (into,) = readers[key]
             reader = self.table[into]
-            if reader.anonymous or isinstance(reader.members[-1], Cost):
+            if reader.anonymous or isinstance(reader.members[-1], Cost) or self._prepares(group, reader.members[-1]):
                 self._absorb(key, reader)
                 self.home |= {node.name: into for node in group.members}
                 for source in group.sources:
                     readers[source] = readers[source] - {key} | {into}
+
+    def _prepares(self, group: _Group, site: Node) -> bool:
+        """Whether all of ``group`` stands in the line of the site's distribution: it only prepares parameters."""
+        if not isinstance(site, Sample):
+            return False
+        line = self.graph[site.dist].loc
+        return bool(line) and all(node.loc == line for node in group.members)
 
     def _drop_owned_params(self) -> None:
         """Parameters that a named block owns are counted there, not drawn."""
@@ -330,7 +344,7 @@ class _Builder:
         if not isinstance(last, _BLOCK) or last.name == self.graph.objective:
             return self._add(_kind(self.graph, last), _lines(self.graph, last), group.members)
         summary = _summary(self.graph, group.members)
-        lines = [_line(group.label, "title"), _line(summary, "small")] if group.label else [_line(summary, "plain")]
+        lines = [_line(group.title, "title"), _line(summary, "small")] if group.label else [_line(summary, "plain")]
         leaving = [node for node in group.members if node.name in blocks.leaving and isinstance(node.type, TensorType)]
         if len(leaving) == 1:
             lines.append(_line(str(leaving[0].type), "small"))
@@ -447,7 +461,7 @@ def _summary(graph: Graph, nodes: list[Node]) -> str:
     named = [verb for verb in verbs if verb not in _MOVES] or verbs
     runs = [verb for verb, _ in itertools.groupby(named)]
     if len(runs) > 4:
-        return f"{' · '.join([*runs[:2], '…', runs[-1]])} ({len(verbs)} ops)"
+        return f"{' · '.join([runs[0], '…', runs[-1]])} ({len(verbs)} ops)"
     return " · ".join(runs)
 
 
@@ -474,7 +488,7 @@ def _line(text: str, style: Style) -> Line:
     return ((_short(text), style),)
 
 
-def _short(text: str, limit: int = 38) -> str:
+def _short(text: str, limit: int = 44) -> str:
     """``text`` without control characters, its middle left out when it is long."""
     clean = _printable(text)
     return clean if len(clean) <= limit else f"{clean[: limit * 2 // 3]}…{clean[-(limit // 3) :]}"

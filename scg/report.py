@@ -16,7 +16,7 @@ from itertools import zip_longest
 
 from scg.estimators.base import EnumeratingEstimator, Estimator
 from scg.estimators.score_function import ScoreFunction
-from scg.ir import Graph, Sample
+from scg.ir import Cost, Graph, Sample
 
 _WRAP = 36
 """Widest cell of the terminal table; longer texts go over several lines."""
@@ -167,4 +167,6 @@ def objective_text(graph: Graph) -> str:
     labels = list(dict.fromkeys(cost.label for cost in graph.costs.values()))
     if len(labels) > 6:
         labels = [*labels[:4], "…", labels[-1]]
-    return f"E[{graph.objective}]" + (f", linear in {', '.join(labels)}" if labels and graph.tail else "")
+    node = graph[graph.objective]
+    name = node.label if isinstance(node, Cost) else node.name
+    return f"E[{name}]" + (f", linear in {', '.join(labels)}" if labels and graph.tail else "")

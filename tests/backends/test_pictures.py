@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributions import Bernoulli
 
 from scg.backends.dot import PALETTE, to_dot
 from scg.backends.html import page
@@ -70,6 +71,16 @@ def test_a_module_called_at_every_step_is_a_box_each() -> None:
     drawn = picture(graphs.policy(3))
     assert sum(title == "pi" for title in titles(drawn).values()) == 3
     assert sum(b.kind == "opaque" for b in drawn.boxes) == 3
+
+
+def test_parameters_prepared_in_the_distribution_line_belong_to_the_site() -> None:
+    m = graphs.Maker("f", "f.py")
+    x = m.input("x", 3)
+    far = m.op("far", torch.ops.aten.exp.default, x, shape=(3,), scope="experts.1", line=1)
+    near = m.op("near", torch.ops.aten.neg.default, far, shape=(3,), line=2)
+    z = m.sample("z", m.dist("d", Bernoulli(torch.ones(3)), near, line=2), (3,), 2)
+    drawn = picture(m.graph(m.op("total", torch.ops.aten.sum.default, z, line=3), [], {}))
+    assert arrows(drawn, "data") == {("x", "experts.1"), ("experts.1", "z ~ Bernoulli"), ("z ~ Bernoulli", "objective")}
 
 
 def test_many_credit_edges_become_a_line_in_each_site() -> None:
