@@ -71,7 +71,7 @@ class Template:
     event_dims: tuple[int, ...]
     """Per slot: how many of its trailing dims are event dims."""
     constraints: tuple[Constraint | None, ...]
-    """Per slot: what its values must satisfy, where the class says so."""
+    """Per slot: what its values must satisfy, where the class says so without looking at other parameters."""
     ranks: tuple[int, ...]
     """Per slot: rank without any sample dims."""
     has_rsample: bool
@@ -161,9 +161,7 @@ class _Reader:
             return _Mapping(type(value), tuple(pairs))
         return value
 
-    def _object(
-        self, value: Any, path: str, state: dict[str, Any], owner: Distribution, in_transform: bool
-    ) -> _Object:
+    def _object(self, value: Any, path: str, state: dict[str, Any], owner: Distribution, in_transform: bool) -> _Object:
         items = ((k, self.read(v, _join(path, k), k, owner, in_transform)) for k, v in state.items())
         return _Object(type(value), tuple(items))
 
@@ -172,12 +170,19 @@ class _Reader:
             self._index[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
             self.names.append(path)
-            constraint = None if in_transform else owner.arg_constraints.get(key)
+            constraint = None if in_transform else _constraint(owner, key)
             self.constraints.append(constraint)
             own = len(owner.event_shape) if in_transform else _event_dim(tensor, key, owner, constraint)
             rank = len(owner.batch_shape) + own  # of the slot, written out with all its batch dims
             self.event_dims.append(max(rank - len(self.root.batch_shape), 0))
         return self._index[id(tensor)]
+
+
+def _constraint(owner: Distribution, key: str) -> Constraint | None:
+    """What the class says of a parameter by itself; a bound that is another parameter is no part of a template."""
+    constraint: Constraint | None = owner.arg_constraints.get(key)
+    bounded_by_tensor = constraint is not None and any(isinstance(bound, Tensor) for bound in vars(constraint).values())
+    return None if bounded_by_tensor else constraint
 
 
 def _event_dim(tensor: Tensor, key: str, owner: Distribution, constraint: Constraint | None) -> int:

@@ -29,7 +29,7 @@ from scg.ir import Graph, Ref
 from scg.primitives import handling
 from scg.tracer_frames import traceback_loc
 from scg.tracer_graph import Converter, without_glue
-from scg.tracer_recorder import InnerGradient, OperationMode, Recorder
+from scg.tracer_recorder import InnerGradient, OperationMode, Recorder, SavedTensors
 
 _lock = threading.RLock()  # the pre-dispatch mode stack is one for the whole process
 
@@ -53,16 +53,16 @@ def trace(
         The graph before any pass.
     """
     try:
-        return _trace(model, tuple(args), dict(kwargs or {}), pre_dispatch=True)
-    except InnerGradient:  # the backward of a composite operation reads tensors that only its parts compute
-        return _trace(model, tuple(args), dict(kwargs or {}), pre_dispatch=False)
+        return _trace(model, tuple(args), dict(kwargs or {}), in_parts=False)
+    except InnerGradient:
+        return _trace(model, tuple(args), dict(kwargs or {}), in_parts=True)
 
 
-def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], pre_dispatch: bool) -> Graph:
-    """One recording; ``pre_dispatch``: of whole ATen operations, else of those that autograd runs for them."""
+def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], in_parts: bool) -> Graph:
+    """One recording; ``in_parts``: of a model that takes gradients inside, see `OperationMode`."""
     found = captured(model)
     recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=True), found)
-    with _lock, restored(found) as changes, _recording(recorder, pre_dispatch):
+    with _lock, restored(found) as changes, _recording(recorder, in_parts):
         fake_args, fake_kwargs = _fake_arguments(recorder, model, args, kwargs)
         try:
             with recorder:
@@ -94,13 +94,15 @@ def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 @contextmanager
-def _recording(recorder: Recorder, pre_dispatch: bool) -> Iterator[None]:
+def _recording(recorder: Recorder, in_parts: bool) -> Iterator[None]:
     """Everything that has to be in place while the user's function runs; nothing of it stays."""
     with ExitStack() as stack:
         stack.enter_context(recorder.fake_mode)
         stack.enter_context(torch.enable_grad())  # a first call in evaluation must not mark every node as data
         stack.enter_context(enable_python_dispatcher())
-        stack.enter_context(OperationMode(recorder.tracer, "real", pre_dispatch=pre_dispatch))
+        if in_parts:
+            stack.enter_context(SavedTensors(recorder.tracer))
+        stack.enter_context(OperationMode(recorder.tracer, in_parts))
         stack.enter_context(disable_autocast_cache())
         stack.enter_context(intercept(recorder.on_attribute))
         stack.enter_context(_functions_through(recorder.on_function))
@@ -233,4 +235,3 @@ def _data_dependent(error: Exception) -> str:
             "Keep the shape fixed: use torch.where, multiply by the mask, or wrap the code in @scg.opaque."
         )
     return f"{loc}: this needs the value of a tensor while the model is traced. Use tensor code, or @scg.opaque."
-

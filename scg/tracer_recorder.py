@@ -57,22 +57,48 @@ class InnerGradient(TraceError):
 
 
 class OperationMode(ProxyTorchDispatchMode):
-    """fx's recording of ATen operations, with the casts that autocast makes below them written out."""
+    """fx's recording of ATen operations, with the casts that autocast makes below them written out.
+
+    With ``in_parts``, composite operations are recorded by the operations they consist of: those are what autograd
+    saves tensors for.
+    """
+
+    def __init__(self, tracer: Tracer, in_parts: bool) -> None:
+        super().__init__(tracer, "real", pre_dispatch=True)
+        self.tracer: Tracer = tracer
+        self.in_parts = in_parts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        device = _autocast_device(args) if self.pre_dispatch else None
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.detach.default and self.tracer.is_copy(args[0]):
+            return func(*args)  # autograd unpacks it
+        device = _autocast_device(args)
         if device is not None:
-            kwargs = kwargs or {}
             if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), f"Autocast{device.upper()}"):
                 dtype = _autocast_dtype(func, args, kwargs)
                 with torch.autocast(device, enabled=False), self:
                     cast = partial(_cast, dtype)
                     return func(*_map_tensors(cast, args), **_map_tensors(cast, kwargs))
-            with self:  # a composite operation: autocast acts on its parts
+        if device is not None or self.in_parts:
+            with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class SavedTensors(TorchDispatchMode):
+    """Knows the copies that autograd saves for its backward as the tensors they are copies of."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.detach.default:  # one of the user's own gets a node after this, which then counts
+            self.tracer.copies[id(result)] = result, args[0]
+        return result
 
 
 def _autocast_device(args: Any) -> str | None:
@@ -96,11 +122,11 @@ class _FirstOperation(TorchDispatchMode):
     """Notes the floating dtypes that reach the first operation that is not a cast."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.dtypes and func is not torch.ops.aten._to_copy.default:
+        if not self.dtypes and func.namespace == "aten" and func is not torch.ops.aten._to_copy.default:
             found: list[Tensor] = []
             _map_tensors(found.append, args)
             self.dtypes = {tensor.dtype for tensor in found if tensor.is_floating_point()}
@@ -121,6 +147,12 @@ class Tracer(PythonKeyTracer):
         self.graph = fx.Graph(tracer_cls=type(self))
         self.recorder = recorder
         self.facts: dict[fx.Node, Fact] = {}
+        self.copies: dict[int, tuple[Tensor, Tensor]] = {}
+        """Tensors that autograd saved, and what they are copies of; see `SavedTensors`."""
+
+    def is_copy(self, tensor: Tensor) -> bool:
+        """Whether a tensor is known only as the copy of another."""
+        return id(tensor) in self.copies and get_proxy_slot(tensor, self, None) is None
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
@@ -134,6 +166,8 @@ class Tracer(PythonKeyTracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, FakeTensor):
+            if self.is_copy(a):
+                return self.recorder.node_of(self.copies[id(a)][1])
             raise InnerGradient(
                 f"{user_loc()}: torch.autograd.grad reads a value computed inside a distribution or a custom function, "
                 "which are captured whole. Write the density out in tensor code."
@@ -455,9 +489,7 @@ class Recorder(TorchFunctionMode):
             )
         return self._draw(Categorical(probs=input), "sample", (num_samples,)).movedim(0, -1)
 
-    def _normal(
-        self, mean: Any, std: Any = 1.0, size: Any = None, *, generator: Any = None, out: Any = None
-    ) -> Tensor:
+    def _normal(self, mean: Any, std: Any = 1.0, size: Any = None, *, generator: Any = None, out: Any = None) -> Tensor:
         self._refuse_options(generator, out)
         return self._draw(Normal(mean, std), "sample", () if size is None else tuple(size))
 

@@ -36,7 +36,7 @@ def run(fn: Callable[[], Any], tensors: list[Tensor]) -> tuple[list[Any], list[T
     return leaves, list(grads)
 
 
-def check(model: Callable[..., Any], *args: Any, exact: bool = True, **kwargs: Any) -> Graph:
+def check(model: Callable[..., Any], *args: Any, rtol: float = 0, **kwargs: Any) -> Graph:
     """Traces ``model`` and compares the graph with it; returns the graph."""
     before = copy.deepcopy(model.state_dict()) if isinstance(model, nn.Module) else {}
     graph = trace(model, args, kwargs)
@@ -52,7 +52,7 @@ def check(model: Callable[..., Any], *args: Any, exact: bool = True, **kwargs: A
     assert pytree.tree_structure(graph.outputs) == pytree.tree_structure(model(*args, **kwargs))
     for left, right in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
         if isinstance(left, Tensor):
-            torch.testing.assert_close(left, right, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6, equal_nan=True)
+            torch.testing.assert_close(left, right, rtol=rtol, atol=rtol, equal_nan=True)
         else:
             assert left == right
     if isinstance(model, nn.Module):
@@ -131,7 +131,7 @@ class Shifted(Normal):
         super().__init__(centre, torch.ones_like(centre))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value) - 1.0
+        return super().log_prob(value) - 1.0  # type: ignore[no-untyped-call]
 
 
 class Triangular(Distribution):
@@ -144,8 +144,8 @@ class Triangular(Distribution):
         self.widths = widths
         super().__init__(widths["w"].shape, validate_args=False)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        noise = torch.rand((2, *self._extended_shape(sample_shape)))
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        noise = torch.rand((2, *self._extended_shape(torch.Size(sample_shape))))
         return self.widths["w"] * (noise[0] - noise[1])
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor], Distribution]] = {
         D.Normal(torch.zeros_like(w), 1.0), [T.AffineTransform(w, w.exp()), T.SigmoidTransform()]
     ),
     "Uniform": lambda w: D.Uniform(w, w + 1),
-    "VonMises": lambda w: D.VonMises(w, 2.0),
+    "VonMises": lambda w: D.VonMises(w, torch.tensor(2.0)),
     "Weibull": lambda w: D.Weibull(w.exp(), 2.0),
     "Shifted": Shifted,
     "Triangular": lambda w: Triangular(widths={"w": w.exp()}),
@@ -278,7 +278,7 @@ def test_closed_form_divergences(pair: str) -> None:
         "dirichlet": lambda w: D.Dirichlet(w.exp()),
     }[pair]  # fmt: skip
     w = weight(2, 3)
-    check(lambda: kl_divergence(make(w), make(w * 0.5)).sum() + make(w).entropy().sum(), exact=False)
+    check(lambda: kl_divergence(make(w), make(w * 0.5)).sum() + make(w).entropy().sum(), rtol=1e-5)  # type: ignore[no-untyped-call]
 
 
 # -- random functions --------------------------------------------------------------------------------------------------
@@ -349,7 +349,9 @@ MODULES: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
         nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.MaxPool2d(2), nn.ConvTranspose2d(3, 2, 2), Mean()),
         (torch.rand(2, 1, 8, 8),),
     ),
-    "gru": lambda: (Model(lambda m, x: draw(m.net(x)[0]), net=nn.GRU(4, 3, 2, batch_first=True)), (torch.rand(2, 5, 4),)),
+    "gru": lambda: (
+        Model(lambda m, x: draw(m.net(x)[0]), net=nn.GRU(4, 3, 2, batch_first=True)), (torch.rand(2, 5, 4),)
+    ),
     "lstm": lambda: (Model(lambda m, x: draw(m.net(x)[1][0]), net=nn.LSTM(4, 3)), (torch.rand(5, 2, 4),)),
     "gru_cell": lambda: (Model(unroll, cell=nn.GRUCell(3, 4), out=nn.Linear(4, 3)), (torch.rand(2, 4),)),
     "attention": lambda: (
@@ -577,7 +579,7 @@ def test_autocast_regions(dtype: torch.dtype) -> None:
             wide = F.mse_loss(h, torch.ones_like(h))
         return (net(h.float()) ** 2).mean() + wide
 
-    graph = check(model, torch.rand(2, 4))
+    graph = check(model, torch.rand(2, 4), rtol=1e-2)  # autocast casts each weight once, and sums its gradient in bf16
     assert any(node.tensor.dtype == dtype for node in graph.of(ir.Op) if isinstance(node.type, ir.TensorType))
 
 
@@ -591,7 +593,7 @@ def test_primitives() -> None:
 
     @opaque(shape=(lambda a, k: (k,), lambda a, k: a.shape), dtype=(torch.int64, torch.float32), pure=False)
     def step(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        return torch.arange(k), a * 2
+        return torch.arange(k), a.detach() * 2
 
     def model(reward: Tensor, logged: Tensor) -> Tensor:
         z = sample(Bernoulli(logits=w), "code", estimator="score_function")
