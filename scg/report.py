@@ -9,12 +9,14 @@ z     Bernoulli     f32[K | 50, 8]  leave_one_out  2^8 too many to sum  nll (dim
 from __future__ import annotations
 
 import html
+import math
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 
 from scg.estimators.base import EnumeratingEstimator, Estimator
+from scg.estimators.rows import SAMPLES, own_dims
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Cost, Graph, Sample
 
@@ -131,7 +133,7 @@ def _row(graph: Graph, site: Sample, evaluations: Mapping[str, int]) -> Row:
         f"{graph.costs[cost].label} ({edge.label})" for (name, cost), edge in graph.credit.items() if name == site.name
     ]
     estimator: Estimator | None = site.estimator
-    rows = str(evaluations.get(site.name, _draws(graph, estimator)))
+    rows = str(evaluations.get(site.name, _draws(graph, site)))
     if isinstance(estimator, EnumeratingEstimator) and site.name not in evaluations:
         rows = "all outcomes"
     return Row(
@@ -153,13 +155,15 @@ def estimator_texts(graph: Graph, site: Sample) -> list[str]:
         return ["data"]
     estimator: Estimator | None = site.estimator
     if isinstance(estimator, ScoreFunction):
-        baseline = estimator.resolve(_draws(graph, estimator)).name
+        baseline = estimator.resolve(_draws(graph, site)).name
         return [estimator.name, *([baseline] if baseline not in ("", "none") else [])]
     return [estimator.name] if estimator is not None else []
 
 
-def _draws(graph: Graph, estimator: Estimator | None) -> int:
-    return graph.samples * ((estimator.samples if estimator is not None else None) or 1)
+def _draws(graph: Graph, site: Sample) -> int:
+    """How often the site itself is drawn; a replayed one is not."""
+    sizes = {SAMPLES: graph.samples, site.name: (site.estimator.samples if site.estimator is not None else None) or 1}
+    return math.prod(sizes[dim] for dim in own_dims(site, graph.samples))
 
 
 def objective_text(graph: Graph) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from scg.estimators.reparam import Reparam
-from scg.ir import Sample
+from scg.ir import Ref, Sample
 from scg.report import TITLES, explain
 from tests import graphs
 
@@ -49,6 +49,14 @@ def test_sites_without_an_estimator() -> None:
     assert isinstance(site, Sample)
     (row,) = explain(graph.replace(dataclasses.replace(site, estimator=None, data=True), credit={})).rows
     assert (row.estimator, row.costs, row.biased, row.rows) == ("data", "none", "—", "—")
+
+
+def test_a_replayed_site_has_one_row() -> None:
+    graph = graphs.vae()
+    site = graph["z"]
+    assert isinstance(site, Sample)
+    (row,) = explain(graph.replace(dataclasses.replace(site, value=Ref("x")))).rows
+    assert (row.estimator, row.rows) == ("score_function, moving_average", "1")
 
 
 def test_a_biased_estimator_is_labelled() -> None:
