@@ -39,9 +39,7 @@ class CoefficientRule:
         self.tail = [node for node in graph if node.name in graph.tail and isinstance(node, Op)]
         read = dict.fromkeys(ref for node in self.tail for ref in node.inputs)
         self.others = [ref for ref in read if ref not in graph.tail and ref not in self.costs]
-        self.constant = all(
-            isinstance(node := graph[ref], Param) and node.role == "constant" for ref in self.others
-        )
+        self.constant = all(isinstance(node := graph[ref], Param) and node.role == "constant" for ref in self.others)
         if self.constant:
             values = [graph.tensors[graph[ref].path] for ref in self.others]  # type: ignore[attr-defined]
             self.fixed = [_compress(g) for g in self._gradients(*values)]

@@ -10,6 +10,7 @@ so that the value is the plain Monte Carlo estimate and the gradient is the esti
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -25,10 +26,21 @@ from scg.analysis.influence import Influence, Relation
 from scg.analysis.support import finite_support
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape
 from scg.backends.coefficients import Coefficient, CoefficientRule
+from scg.backends.credit_sums import credit_sum
 from scg.backends.opaque_call import OpaqueCall
+from scg.backends.parameter_check import ParameterCheck
 from scg.backends.recorder import compile_time, record_call, record_constant
+from scg.backends.single_draw import SingleDraw
 from scg.errors import LoweringError
-from scg.estimators.base import EnumeratingEstimator, PathwiseEstimator, ScoreEstimator, Signal
+from scg.estimators.base import (
+    EnumeratingEstimator,
+    PathwiseEstimator,
+    Rerun,
+    RowEstimator,
+    ScoreEstimator,
+    SiteInfo,
+)
+from scg.estimators.rows import SAMPLES, joined_dims, own_dims
 from scg.ir import (
     Cost,
     CreditEdge,
@@ -46,7 +58,6 @@ from scg.ir import (
     map_refs,
 )
 from scg.operations import is_impure
-from scg.estimators.rows import SAMPLES, joined_dims, own_dims
 
 _ALWAYS_VALID = {
     "sigmoid": ("unit_interval",),
@@ -55,9 +66,6 @@ _ALWAYS_VALID = {
     "softplus": ("positive", "nonnegative", "greater_than"),
 }
 """Operations whose results need no check against these constraints."""
-
-_ONE_HOT_ENTRIES = 1 << 22
-"""Most entries of the 0/1 matrix that sums a general credit relation; beyond, a difference array does it."""
 
 
 class Interpreter:
@@ -78,8 +86,9 @@ class Interpreter:
         self.graph, self.found, self.fetch, self.states = graph, found, fetch, states
         self.training, self.learning, self.debug = training, learning, debug
         enumerated = [s for s in graph.of(Sample) if isinstance(s.estimator, EnumeratingEstimator)]
-        self.joined = {site.name: joined_dims(graph, found, site) for site in enumerated}
-        self.supports = {site.name: finite_support(graph, self._dist_node(site.dist)) for site in enumerated}
+        scored = [s for s in graph.of(Sample) if isinstance(s.estimator, ScoreEstimator)]
+        self.joined = {site.name: joined_dims(graph, found, site) for site in (*enumerated, *scored)}
+        self.supports = {site.name: finite_support(graph, self.dist_node(site.dist)) for site in enumerated}
         self.dims = SampleDims(self._sample_dims())
         self.batcher = Batcher(self.dims)
         self.env: dict[str, Any] = {}
@@ -87,11 +96,15 @@ class Interpreter:
         """Parameters of the distributions, by node."""
         self.before_transform: dict[str, Batched] = {}
         """Draws of transformed distributions before their transforms, by site."""
+        self.extras: dict[str, Any] = {}
+        """What row-type estimators kept of their draws, by site."""
         self.weights: dict[str, Batched] = {}
         """Probabilities of the rows of enumerated sites, ``[*dims, R | *elements]``, size 1 along joined dims."""
         self._coefficients = coefficients
         self._shares: dict[Any, Tensor] = {}
         self._detached: dict[str, Batched] = {}
+        self._reruns = 0
+        self._rerunning = False
         self._sums: dict[tuple[int, ...], dict[frozenset[tuple[str, int]], Tensor]] = {}
         """Sums of credited costs made so far, by shape and members."""
 
@@ -101,6 +114,9 @@ class Interpreter:
         for order, site in enumerate(self.graph.of(Sample)):
             if isinstance(site.estimator, EnumeratingEstimator):
                 yield SampleDim(site.name, self._support_rows(site), "enumerated", site.name, order)
+            elif isinstance(site.estimator, RowEstimator):
+                kind = "weighted" if site.estimator.weighted else "coupled"
+                yield SampleDim(site.name, site.estimator.rows, kind, site.name, order)
             elif site.estimator is not None and (site.estimator.samples or 1) > 1:
                 yield SampleDim(site.name, site.estimator.samples, "iid", site.name, order)
 
@@ -132,6 +148,8 @@ class Interpreter:
                 self.env[node.name] = Batched(self.fetch(node))
             case Op():
                 args, kwargs = map_refs(self.env.__getitem__, (tuple(node.args), dict(node.kwargs)))
+                if self._rerunning and is_impure(node):  # running statistics move once, in the real rows
+                    args = (*args[:3], None, None, *args[5:])
                 value = self.batcher.run(node, args, kwargs)
                 check_shape(node, value, self.dims)
                 self.env[node.name] = value
@@ -149,7 +167,7 @@ class Interpreter:
                 raise LoweringError(f"%{node.name}: no lowering for a {node.kind} node")
 
     # -- distributions --------------------------------------------------------------------------------------------
-    def _dist_node(self, ref: str) -> Dist:
+    def dist_node(self, ref: str) -> Dist:
         node = self.graph[ref]
         assert isinstance(node, Dist)
         return node
@@ -158,11 +176,13 @@ class Interpreter:
         self, ref: str, dims: Sequence[str], extra: Sequence[int] = (), params: list[Batched] | None = None
     ) -> Distribution:
         """The distribution with batch shape ``[*dims | *extra | *B]``; ``extra`` are dims the user put in front."""
-        template = self._dist_node(ref).template
+        template = self.dist_node(ref).template
         params = self.params[ref] if params is None else params
         carried = [bool(param.dims) or bool(extra) for param in params]
         tensors = [
-            param.tensor.reshape([*self._lead(param, dims), *[1] * len(extra), *param.shape]) if carries else param.tensor
+            param.tensor.reshape([*self._lead(param, dims), *[1] * len(extra), *param.shape])
+            if carries
+            else param.tensor
             for param, carries in zip(params, carried, strict=True)
         ]
         return template.rebuild(tensors, prefix=(*self.dims.sizes(dims), *extra), carries=carried)
@@ -175,7 +195,7 @@ class Interpreter:
 
     def _log_prob(self, ref: str, value: Batched, source: str) -> Batched:
         """``[*dims | *B]`` for the union of the parameters' and the value's dims."""
-        template = self._dist_node(ref).template
+        template = self.dist_node(ref).template
         rank = len(template.batch_shape) + len(template.event_shape)
         dims = self.dims.union(self._param_dims(ref), value.dims)
         extra = [1] * max(value.ndim - rank, 0)
@@ -200,18 +220,21 @@ class Interpreter:
         carried = self._param_dims(site.dist)
         dist = self.distribution(site.dist, carried)
         self._check(site, dist)
-        new = tuple(name for name in dims if name not in carried)
+        rows = isinstance(site.estimator, RowEstimator)
+        new = tuple(name for name in dims if name not in carried and not (rows and name == site.name))
         shape = torch.Size([*self.dims.sizes(new), *site.sample_shape])
 
         def place(drawn: Tensor) -> Batched:
-            """From ``[*new | *sample_shape | *carried | …]`` to ``[*dims | *sample_shape | …]``."""
-            have = [*new, *[""] * len(site.sample_shape), *carried]
-            want = [*(have.index(name) for name in dims), *(len(new) + i for i in range(len(site.sample_shape)))]
+            """From ``[own rows, *new | *sample_shape | *carried | …]`` to ``[*dims | *sample_shape | …]``."""
+            first = [site.name] if rows else []
+            have = [*first, *new, *[""] * len(site.sample_shape), *carried]
+            extra = len(first) + len(new)
+            want = [*(have.index(name) for name in dims), *(extra + i for i in range(len(site.sample_shape)))]
             if want != sorted(want):
                 drawn = drawn.permute([*want, *range(len(want), drawn.dim())])
             return Batched(drawn, dims)
 
-        if isinstance(dist, TransformedDistribution) and not _transform_params(self._dist_node(site.dist)):
+        if isinstance(dist, TransformedDistribution) and not _transform_params(self.dist_node(site.dist)):
             pathwise = isinstance(site.estimator, PathwiseEstimator)
             before = dist.base_dist.rsample(shape) if pathwise else dist.base_dist.sample(shape).detach()
             self.before_transform[site.name] = place(before)
@@ -219,6 +242,13 @@ class Interpreter:
             for transform in dist.transforms:
                 after = transform(after)
             return place(after)
+        if isinstance(site.estimator, RowEstimator):
+            joined = tuple(dim for dim in self.joined[site.name])
+            drawn = site.estimator.draw_rows(dist, shape, joined)
+            self.extras[site.name] = drawn.extra
+            if drawn.weight is not None:
+                self.weights[site.name] = place(drawn.weight)
+            return place(drawn.value)
         if isinstance(site.estimator, (PathwiseEstimator, ScoreEstimator)):
             return place(site.estimator.draw(dist, shape))
         return place(dist.sample(shape).detach())
@@ -259,7 +289,7 @@ class Interpreter:
     def _check(self, site: Sample, dist: Distribution) -> None:
         if not self.debug:
             return
-        template = self._dist_node(site.dist).template
+        template = self.dist_node(site.dist).template
         for name, constraint, param in zip(template.names, template.constraints, self.params[site.dist], strict=True):
             record_call(ParameterCheck(site.name, site.loc, template.family, name, constraint), param.tensor)
 
@@ -294,9 +324,11 @@ class Interpreter:
             if not left:
                 return value
             name = left[-1]
-            if self.dims[name].kind == "iid":
+            kind = self.dims[name].kind
+            if kind in ("iid", "coupled", "counterfactual"):
                 axis = value.dims.index(name)
-                value = Batched(value.tensor.mean(axis), tuple(d for d in value.dims if d != name))
+                joined = value.tensor.sum(axis) if kind == "counterfactual" else value.tensor.mean(axis)
+                value = Batched(joined, tuple(d for d in value.dims if d != name))
             else:
                 value = self._sum_out(value, of, name, detach)
 
@@ -306,7 +338,7 @@ class Interpreter:
             weight = Batched(weight.tensor.detach(), weight.dims)
         dims = self.dims.union(value.dims, weight.dims)
         v, w = self.dims.align(value, dims), self.dims.align(weight, dims)
-        if _may_be_impossible(self._dist_node(self._site(name).dist)):  # 0 * inf
+        if _may_be_impossible(self.dist_node(self._site(name).dist)):  # 0 * inf
             v = torch.where(w > 0, v, 0.0)
         axis = dims.index(name)
         return Batched((w * v).sum(axis), tuple(d for d in dims if d != name))
@@ -396,35 +428,28 @@ class Interpreter:
 
     def _score_term(self, site: Sample) -> Tensor | None:
         value: Batched = self.env[site.name]
-        log_p = self._log_prob(site.dist, value, site.name)
-        found = self.signal(site, log_p.dims)
+        dims = self.dims.union(self._param_dims(site.dist), value.dims)
+        found = self.signal(site, dims)
         if found is None:
             return None
-        cost, scale = found
-        # a replayed outcome may carry no sample dim of its own, yet stand below sampled parameters
-        own = [name for name in log_p.dims if self.dims[name].kind == "iid"]
-        signal = Signal(
-            cost=cost,
-            iid=tuple(log_p.dims.index(name) for name in own),
-            state=self._state(site),
-            training=self.training and self.learning,
-        )
+        signal, scale = found
         assert isinstance(site.estimator, ScoreEstimator)
-        multiplier = site.estimator.multiplier(signal).detach()
-        lead = len(log_p.dims)
-        score = self.dims.align(log_p, log_p.dims)
-        flat = [axis for axis in range(lead, score.dim()) if multiplier.shape[axis] == 1 and score.shape[axis] > 1]
-        if flat:  # sum first: one product an element fewer
-            score = score.sum(flat, keepdim=True)
-        term = Batched(multiplier * score, log_p.dims)
-        draws = math.prod(self.dims.size(name) for name in own)
-        if len(own) < len(term.dims):
-            term = self.expectation(term, site.name, detach=True)
-            return term.tensor.sum() * scale
-        return term.tensor.sum() * (scale / draws)
+        context = Context(self, site, dims, signal)
+        term = site.estimator.term(context)
+        rows = context.row_axis
+        if rows is not None and term.dim() > rows and term.dim() >= len(dims):
+            assert term.shape[rows] == 1, f"{site.estimator.name}: its term must be summed over its own rows"
+            term, dims = term.squeeze(rows), tuple(name for name in dims if name != site.name)
+        total = self._mean_of_term(term, site, dims)
+        return total * scale if context.surrogate is None else (total + context.surrogate) * scale
 
-    def _state(self, site: Sample) -> nn.Module | None:
-        return self.states.get(site.name)
+    def _mean_of_term(self, term: Tensor, site: Sample, dims: tuple[str, ...]) -> Tensor:
+        """Sum over elements and counterfactual rows, mean over i.i.d. dims, weighted sum over weighted ones."""
+        plain = [name for name in dims if self.dims[name].kind in ("iid", "coupled", "counterfactual")]
+        if len(plain) < len(dims):
+            return self.expectation(Batched(term, dims), site.name, detach=True).tensor.sum()
+        draws = math.prod(self.dims.size(name) for name in plain if self.dims[name].kind != "counterfactual")
+        return term.sum() / draws if draws > 1 else term.sum()
 
     def signal(self, site: Sample, dims: tuple[str, ...]) -> tuple[Tensor, float] | None:
         """The credited cost-to-go ``[*dims | *elements]`` (size 1 where it does not vary) and a factor taken out of it."""
@@ -466,6 +491,54 @@ class Interpreter:
             self._shares[key] = self._make_credit(edge, dims, scale)
         return self._shares[key]
 
+    # -- reruns ---------------------------------------------------------------------------------------------------
+    def rerun(self, site: Sample, dims: tuple[str, ...], values: Tensor, differentiable: bool) -> Rerun:
+        """Evaluates the slice below ``site`` at rows of other outcomes ``[R, *dims | *S]``."""
+        self._reruns += 1
+        row = SampleDim(f"{site.name}*{self._reruns}", values.shape[0], "counterfactual", site.name, -1 - self._reruns)
+        child = copy.copy(self)
+        child.dims = SampleDims([*self.dims.table.values(), row])
+        child.batcher = Batcher(child.dims)
+        below = self.graph.descendants([site.name])
+        child.env = _Detached({name: value for name, value in self.env.items() if name not in below})
+        child.params = {
+            name: [child.env[ref] for ref in self.dist_node(name).params] for name in self.params if name not in below
+        }
+        child.weights = {name: _detach(weight) for name, weight in self.weights.items()}
+        child.before_transform = {n: _detach(v) for n, v in self.before_transform.items() if n not in below}
+        child.extras, child._shares, child._detached, child._sums = dict(self.extras), {}, {}, {}
+        child._rerunning, child.training = True, False
+        all_dims = (row.name, *dims)
+        child.env[site.name] = Batched(values, all_dims)
+        costs = [cost for name, cost in self.graph.credit if name == site.name]
+        wanted = self.graph.ancestors(costs) & below
+        for node in self.graph:
+            if node.name in wanted and node.name != site.name:
+                child._evaluate(node)
+        found = child.signal(site, all_dims)
+        assert found is not None
+        signal, scale = found
+        return Rerun(signal, child._total(costs, wanted, scale) if differentiable else None)
+
+    def _total(self, costs: list[str], wanted: set[str], scale: float) -> Tensor:
+        """Costs and inner terms of a rerun, with the gradient that reaches its rows."""
+        total: Tensor | None = None
+        for cost in costs:
+            value = self.expectation(self.env[cost], cost).tensor
+            coefficient = self.coefficients[cost]
+            if coefficient.uniform is not None:
+                part = value.sum() * (coefficient.uniform / scale)
+            else:
+                assert coefficient.tensor is not None
+                part = (value * coefficient.tensor.detach()).sum() / scale
+            total = part if total is None else total + part
+        for inner in reversed(self.graph.of(Sample)):
+            if inner.name in wanted and isinstance(inner.estimator, ScoreEstimator) and inner.name in self.env:
+                term = self._score_term(inner) if self._learns(inner) else None
+                total = total if term is None or total is None else total + term / scale
+        assert total is not None
+        return total
+
     def _make_credit(self, edge: CreditEdge, dims: tuple[str, ...], scale: float) -> Tensor:
         cost = self._detached_cost(edge.cost)
         value = self.expectation(cost, edge.cost, keep=dims, detach=True)
@@ -499,7 +572,7 @@ class Interpreter:
         """NaN where a distribution's parameter breaks its constraint: validation is off in the compiled step."""
         valid: Tensor | None = None
         for name, params in self.params.items():
-            node = self._dist_node(name)
+            node = self.dist_node(name)
             for ref, constraint, param in zip(node.params, node.template.constraints, params, strict=True):
                 if constraint is None or not self._needs_check(ref, constraint):
                     continue
@@ -522,71 +595,86 @@ class Interpreter:
 
     def _outputs(self, objective: Tensor, named: Callable[[str], Any]) -> Any:
         graph = self.graph
-        single = _SingleDraw(self, named)
+        single = SingleDraw(self, named)
         return map_refs(lambda ref: objective if ref == graph.objective else single.value(ref), graph.outputs)
 
 
-class _SingleDraw:
-    """One joint ancestral draw: row 0 of the samples, enumerated sites drawn once more."""
+class Context:
+    """The backend's `SiteContext`."""
 
-    def __init__(self, interpreter: Interpreter, named: Callable[[str], Any]) -> None:
-        self.of, self.named = interpreter, named
-        self.env: dict[str, Any] = {}
-        self.params: dict[str, list[Batched]] = {}
+    def __init__(self, interpreter: Interpreter, site: Sample, dims: tuple[str, ...], signal: Tensor) -> None:
+        self._of, self._site, self.dims = interpreter, site, dims
+        template = interpreter.dist_node(site.dist).template
+        support = interpreter.supports.get(site.name)
+        self.site = SiteInfo(site.name, template, site.tensor.shape, site.tensor.event_ndim, support)
+        self.dist = interpreter.distribution(site.dist, dims, [1] * len(site.sample_shape))
+        self.value = interpreter.dims.align(interpreter.env[site.name], dims)
+        self.signal = signal
+        self.extra = interpreter.extras.get(site.name)
+        kinds = [interpreter.dims[name].kind for name in dims]
+        self.iid = tuple(i for i, kind in enumerate(kinds) if kind == "iid")
+        self.row_axis = dims.index(site.name) if isinstance(site.estimator, RowEstimator) else None
+        self.joined = interpreter.joined[site.name]
+        self.state = interpreter.states.get(site.name)
+        self.training = interpreter.training and interpreter.learning
+        self.surrogate: Tensor | None = None
 
-    def value(self, ref: str) -> Any:
-        graph = self.of.graph
-        wanted = graph.ancestors([ref])
-        for node in graph:
-            if node.name in wanted and node.name not in self.env and node.name not in self.params:
-                with self.named(node.name):
-                    self._evaluate(node)
-        found = self.env[ref]
-        return found.tensor if isinstance(found, Batched) else tuple(item.tensor for item in found)
+    @functools.cached_property
+    def log_prob(self) -> Tensor:
+        found = self._of._log_prob(self._site.dist, self._of.env[self._site.name], self._site.name)
+        return self._of.dims.align(found, self.dims)
 
-    def _evaluate(self, node: Node) -> None:
-        of = self.of
-        known = of.env.get(node.name)
-        if known is not None and not isinstance(node, Cost):
-            row = self._row(known)
-            if row is not None:
-                self.env[node.name] = row
-                return
-        match node:
-            case Op():
-                args, kwargs = map_refs(self.env.__getitem__, (tuple(node.args), dict(node.kwargs)))
-                self.env[node.name] = of.batcher.run(node, args, kwargs)
-            case Dist():
-                self.params[node.name] = [self.env[ref] for ref in node.params]
-            case Sample():
-                dist = of.distribution(node.dist, (), params=self.params[node.dist])
-                self.env[node.name] = Batched(dist.sample(torch.Size(node.sample_shape)).detach())
-            case LogProb():
-                template = of._dist_node(node.dist).template
-                value: Batched = self.env[node.value]
-                extra = [1] * max(value.ndim - len(template.batch_shape) - len(template.event_shape), 0)
-                dist = of.distribution(node.dist, (), extra, self.params[node.dist])
-                self.env[node.name] = Batched(dist.log_prob(value.tensor))
-            case Opaque():
-                plain = map_refs(lambda ref: self.env[ref].tensor, tuple(node.args))
-                out = record_call(OpaqueCall(node, (), tuple(False for _ in plain)), *plain)
-                self.env[node.name] = Batched(out) if isinstance(out, Tensor) else tuple(Batched(o) for o in out)
-            case Cost() | Depends():
-                self.env[node.name] = self.env[node.value]
+    def score_times(self, multiplier: Tensor) -> Tensor:
+        multiplier = multiplier.detach()
+        score = self.log_prob
+        lead = len(self.dims)
+        flat = [axis for axis in range(lead, score.dim()) if multiplier.shape[axis] == 1 and score.shape[axis] > 1]
+        return multiplier * (score.sum(flat, keepdim=True) if flat else score)
 
-    def _row(self, value: Any) -> Any:
-        """Row 0 of every i.i.d. dim; None where enumerated rows are among them."""
-        if isinstance(value, tuple):
-            rows = tuple(self._row(item) for item in value)
-            return None if any(row is None for row in rows) else rows
-        if not isinstance(value, Batched):
-            return value
-        if any(self.of.dims[name].kind != "iid" for name in value.dims):
-            return None
-        tensor = value.tensor
-        for _ in value.dims:
-            tensor = tensor.select(0, 0)
-        return Batched(tensor)
+    def log_prob_of(self, values: Tensor) -> Tensor:
+        return self.dist.log_prob(values)
+
+    def rerun(self, values: Tensor, *, differentiable: bool = False) -> Rerun:
+        return self._of.rerun(self._site, self.dims, values if differentiable else values.detach(), differentiable)
+
+    def add(self, surrogate: Tensor) -> None:
+        """Adds a scalar to the surrogate, in the units of the signal: the pathwise part of a control variate."""
+        self.surrogate = surrogate if self.surrogate is None else self.surrogate + surrogate
+
+    def gradient(self, scalar: Tensor, wrt: Tensor) -> Tensor:
+        return record_call(InputGradient(), scalar, wrt)  # type: ignore[no-any-return]
+
+
+class InputGradient:
+    """The gradient of a scalar in one tensor, itself differentiable; a leaf of the generated code."""
+
+    __name__ = __qualname__ = "input_gradient"
+    __module__ = __name__
+
+    def fake(self, scalar: Tensor, wrt: Tensor) -> Tensor:
+        return wrt * 0.0 + scalar * 0.0  # of the right shape, and differentiable in both
+
+    def __call__(self, scalar: Tensor, wrt: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(scalar, wrt, create_graph=True, allow_unused=True)
+        return torch.zeros_like(wrt) if found is None else found
+
+
+class _Detached(dict[str, Any]):
+    """Values of a run seen from a rerun: each without its gradient."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if isinstance(value, Batched) and name not in self.__dict__.setdefault("own", set()):
+            return _detach(value)
+        return value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.__dict__.setdefault("own", set()).add(name)
+        super().__setitem__(name, value)
+
+
+def _detach(value: Batched) -> Batched:
+    return Batched(value.tensor.detach(), value.dims) if value.tensor.requires_grad else value
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------
@@ -597,129 +685,6 @@ def outcome_rows(support: int, sizes: Sequence[int]) -> list[Any]:
     [(0, 0), (0, 1), (1, 0), (1, 1)]
     """
     return list(itertools.product(range(support), repeat=math.prod(sizes)))
-
-
-def credit_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int, ...]) -> Tensor:
-    """Sums cost elements ``[*dims | *cost]`` into the site elements they teach, ``[*dims | *elements]``."""
-    ndim = tensor.dim() - lead
-    if edge.simple:
-        kept = [axis for axis in edge.axes if axis is not None]
-        over = [lead + axis for axis in range(ndim) if axis not in kept]
-        if over:
-            tensor = tensor.sum(over)
-        rank = {axis: i for i, axis in enumerate(sorted(kept))}
-        tensor = tensor.permute([*range(lead), *(lead + rank[axis] for axis in kept)]) if kept != sorted(kept) else tensor
-        shape = [elements[dim] if axis is not None else 1 for dim, axis in enumerate(edge.axes)]
-        return tensor.reshape([*tensor.shape[:lead], *shape])
-    return _box_sum(tensor, lead, edge, elements)
-
-
-def _box_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int, ...]) -> Tensor:
-    """General boxes: a 0/1 matrix over the dims that are not tied, shared by the tied ones where it may be."""
-    shape = tuple(tensor.shape[lead:])
-    sizes = elements or (1,)
-    with compile_time():
-        los = [lo.expand(shape) for lo in edge.lo]
-        his = [hi.expand(shape) for hi in edge.hi]
-        tied = _shared_ties(edge, los, his)
-        rest_cost = [axis for axis in range(len(shape)) if axis not in tied.values()]
-        rest_site = [dim for dim in range(len(sizes)) if dim not in tied]
-        pick = tuple(slice(None) if axis in rest_cost else 0 for axis in range(len(shape)))
-        lo = [los[dim][pick].reshape(-1) for dim in rest_site]  # each [C]
-        hi = [his[dim][pick].reshape(-1) for dim in rest_site]
-    site_sizes = [sizes[dim] for dim in rest_site]
-    order = [*range(lead), *(lead + tied[dim] for dim in sorted(tied)), *(lead + axis for axis in rest_cost)]
-    flat = tensor.permute(order)
-    kept = list(flat.shape[: lead + len(tied)])
-    flat = flat.reshape([*kept, -1])  # [*dims, *tied, C]
-    if lo[0].numel() * math.prod(site_sizes) <= _ONE_HOT_ENTRIES:
-        like = {"dtype": tensor.dtype, "device": tensor.device}
-        matrix = record_constant(lambda: _box_matrix(lo, hi, site_sizes).to(**like))
-        summed = flat @ matrix  # [*dims, *tied, prod(site_sizes)]
-    else:
-        summed = _difference_sum(flat, lo, hi, site_sizes)
-    summed = summed.reshape([*kept, *site_sizes])
-    place = [*sorted(tied), *rest_site]
-    back = [place.index(dim) for dim in range(len(place))]
-    return summed.permute([*range(lead), *(lead + i for i in back)]).reshape([*summed.shape[:lead], *elements])
-
-
-def _shared_ties(edge: CreditEdge, los: list[Tensor], his: list[Tensor]) -> dict[int, int]:
-    """Tied site dims whose cost dim moves no other bound: they need no part in the matrix."""
-    tied: dict[int, int] = {}
-    for dim, axis in enumerate(edge.axes):
-        if axis is None or axis in tied.values():
-            continue
-        others = [b for i, pair in enumerate(zip(los, his, strict=True)) if i != dim for b in pair]
-        if all(bool((b == b.narrow(axis, 0, 1)).all()) for b in others):
-            tied[dim] = axis
-    if len(tied) == len(los):  # nothing would be left to say which elements are empty
-        tied.popitem()
-    return tied
-
-
-def _box_matrix(lo: list[Tensor], hi: list[Tensor], sizes: list[int]) -> Tensor:
-    """1 where cost element c sees site element i.  ``[C, prod(sizes)]``"""
-    matrix = torch.ones(len(lo[0]), 1, dtype=torch.bool)
-    for low, high, size in zip(lo, hi, sizes, strict=True):
-        index = torch.arange(size)
-        inside = (low[:, None] <= index) & (index <= high[:, None])  # [C, size]
-        matrix = (matrix[:, :, None] & inside[:, None, :]).reshape(len(low), -1)
-    return matrix
-
-
-def _difference_sum(flat: Tensor, lo: list[Tensor], hi: list[Tensor], sizes: list[int]) -> Tensor:
-    """Box sums by a difference array: add at each box's corners, then running sums along every dim."""
-    padded = [size + 1 for size in sizes]
-
-    def corner_of(ends: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
-        empty = torch.stack([low > high for low, high in zip(lo, hi, strict=True)]).any(0)
-        index = torch.zeros_like(lo[0])
-        for end, low, high, size in zip(ends, lo, hi, padded, strict=True):
-            index = index * size + torch.where(empty, 0, high + 1 if end else low)
-        sign = torch.where(empty, 0.0, -1.0 if sum(ends) % 2 else 1.0)
-        return index.to(flat.device), sign.to(device=flat.device, dtype=flat.dtype)
-
-    total = flat.new_zeros([*flat.shape[:-1], math.prod(padded)])
-    for ends in itertools.product((False, True), repeat=len(sizes)):
-        with compile_time():
-            corner, signs = corner_of(ends)
-        index, sign = record_constant(functools.partial(_same, corner)), record_constant(functools.partial(_same, signs))
-        total = total.index_add(-1, index, flat * sign)
-    total = total.reshape([*flat.shape[:-1], *padded])
-    for axis in range(len(sizes)):
-        total = total.cumsum(axis - len(sizes))
-    return total[(..., *(slice(0, size) for size in sizes))].flatten(-len(sizes))
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-class ParameterCheck:
-    """With ``debug=True``: a leaf that raises at run time and names the site."""
-
-    effect = True
-
-    def __init__(self, site: str, loc: str, family: str, param: str, constraint: Constraint | None) -> None:
-        self.site, self.loc, self.family, self.param, self.constraint = site, loc, family, param, constraint
-        self.__name__ = self.__qualname__ = f"check_{site}"
-        self.__module__ = __name__
-
-    def fake(self, value: Tensor) -> Tensor:
-        return value.detach()
-
-    def __call__(self, value: Tensor) -> Tensor:
-        ok = torch.isfinite(value) if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
-        if self.constraint is not None and bool(ok.all()):
-            ok = self.constraint.check(value)
-        if not bool(ok.all()):
-            bad = value.detach().flatten()[:4].tolist()
-            raise ValueError(
-                f"site {self.site!r} ({self.loc}): parameter {self.param} of {self.family}, of shape "
-                f"{list(value.shape)}, is not {self.constraint or 'finite'} everywhere; it begins {bad}"
-            )
-        return value.detach()
 
 
 def _log_prob_before(dist: Distribution, before: Tensor) -> Tensor:

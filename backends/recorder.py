@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from scg.errors import LoweringError
 
+
 @contextmanager
 def compile_time() -> Iterator[None]:
     """Inside, tensors are real and nothing is recorded: for what is computed once, before the program runs."""
@@ -38,6 +39,9 @@ _RANDOM = {
     "fractional_max_pool2d", "fractional_max_pool3d",
 }  # fmt: skip
 """Functions of which two equal calls must stay two calls: they draw, or hand out fresh memory, or update a buffer."""
+
+_SAME_IF_SHAPE = {"reshape", "view", "expand", "broadcast_to", "expand_as", "contiguous"}
+"""Functions that do nothing when the shape stays."""
 
 _READABLE: dict[str, Callable[..., Any]] = {
     "add": operator.add, "__radd__": operator.add, "sub": operator.sub, "mul": operator.mul, "__rmul__": operator.mul,
@@ -154,6 +158,8 @@ class Recorder(TorchFunctionMode):
             return out
         if isinstance(out, Tensor) and id(out) in self._nodes and not in_place:
             return out  # the function handed its argument back
+        if name in _SAME_IF_SHAPE and out.shape == args[0].shape:
+            return args[0]
         node_args, node_kwargs = tree_map_only(Tensor, self.node, (args, kwargs))
         target = func if node_kwargs else _READABLE.get(name, func) if _is_method(func) else func
         node = self.graph.create_node("call_function", target, node_args, node_kwargs, name=self.hint or None)

@@ -94,7 +94,9 @@ def build(
     leaves: list[Tensor] = []
     flatten_outputs(outputs, leaves.append)
     recorder.graph.output(tuple(recorder.node(leaf) for leaf in leaves))
-    recorder.graph.eliminate_dead_code(is_impure_node=lambda n: bool(n.meta.get("effect")) or n.op in ("placeholder", "output"))
+    recorder.graph.eliminate_dead_code(
+        is_impure_node=lambda n: bool(n.meta.get("effect")) or n.op in ("placeholder", "output")
+    )
     root = nn.Module()
     for name, tensor in recorder.constants.items():
         root.register_buffer(name, tensor, persistent=False)

@@ -63,6 +63,8 @@ def _edge(graph: Graph, site: Sample, cost: Cost, relation: Relation, credit: st
         axes.append(tied)
         mixed.append(whole)
         words.append("mixed" if whole else "tied" if tied is not None else links[dim])
-    simple = all(whole or axis is not None for whole, axis in zip(mixed, axes, strict=True)) and not bool(relation.empty.any())
+    simple = all(whole or axis is not None for whole, axis in zip(mixed, axes, strict=True)) and not bool(
+        relation.empty.any()
+    )
     bounds = {} if simple else {"lo": relation.lo, "hi": relation.hi}
     return CreditEdge(site.name, cost.name, tuple(axes), tuple(mixed), tuple(words), **bounds)

@@ -3,18 +3,18 @@
 Every estimator is a frozen dataclass whose fields are its hyperparameters. There are four ways to take part:
 
 * *pathwise*: the draw is differentiable, nothing is added (`PathwiseEstimator`);
-* *score-type*: the draw is detached, and a term of value zero carries the gradient (`ScoreEstimator`);
-* *enumerating*: every outcome becomes a row of an enumerated sample dim (`EnumeratingEstimator`);
-* *rerun-type*: as score-type, and the costs below the site are evaluated at further outcomes (`RerunEstimator`).
+* *score-type*: the draw is detached, and a term of value zero carries the gradient (`ScoreEstimator`); it may evaluate
+  the costs below the site at further outcomes (`SiteContext.rerun`);
+* *row-type*: score-type, with several dependent or weighted outcomes a draw (`RowEstimator`);
+* *enumerating*: every outcome becomes a row of an enumerated sample dim (`EnumeratingEstimator`).
 
 The backend dispatches on these four, never on a name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -120,17 +120,66 @@ class PathwiseEstimator(Estimator):
 
 
 @dataclass(frozen=True)
-class Signal:
-    """The credited cost-to-go of a score-type site and what its estimator may know about it."""
+class Rerun:
+    """The costs below a site at further outcomes of it."""
 
-    cost: Tensor
-    """Detached cost-to-go, ``[*dims | *elements]``, of size 1 where it does not vary."""
+    signal: Tensor
+    """Detached credited cost-to-go of each row, ``[R, *dims | *elements]``, in the units of `SiteContext.signal`."""
+    surrogate: Tensor | None = None
+    """Of a differentiable rerun: a scalar whose gradient reaches the rows alone, costs and inner sites included."""
+
+
+class SiteContext(Protocol):
+    """What a score-type estimator sees of its site when the surrogate is built.
+
+    ``dims`` are the sample dims of the draw; all tensors are laid out ``[*dims | *elements | *event]``.
+    """
+
+    site: SiteInfo
+    dist: Distribution
+    """Of batch shape ``[*dims | *elements]`` up to broadcasting, its parameters with gradient."""
+    value: Tensor
+    """The draw, detached.  ``[*dims | *elements | *event]``"""
+    extra: Any
+    """What `RowEstimator.draw_rows` kept."""
     iid: tuple[int, ...]
-    """Positions of the i.i.d. sample dims of the site in ``cost``."""
-    state: Any = None
-    """What `Estimator.make_state` made, to be called under the recorder."""
-    training: bool = True
+    """Positions of the i.i.d. sample dims."""
+    row_axis: int | None
+    """Position of the site's own rows, for a `RowEstimator`."""
+    joined: tuple[int, ...]
+    """Element dims of which one cost may see several indices: elements along all others may change in the same row."""
+    state: Any
+    """What `Estimator.make_state` made, to be called as it is."""
+    training: bool
     """Whether running statistics may move."""
+
+    @property
+    def log_prob(self) -> Tensor:
+        """Of the draw, with the gradient of the parameters.  ``[*dims | *elements]``"""
+
+    @property
+    def signal(self) -> Tensor:
+        """Detached credited cost-to-go, of size 1 along elements where it does not vary.  ``[*dims | *elements]``"""
+
+    def score_times(self, multiplier: Tensor) -> Tensor:
+        """``multiplier * log_prob``, summed first along elements where the multiplier does not vary."""
+
+    def log_prob_of(self, values: Tensor) -> Tensor:
+        """Of other outcomes ``[R, *dims | *elements | *event]``.  ``[R, *dims | *elements]``"""
+
+    def rerun(self, values: Tensor, *, differentiable: bool = False) -> Rerun:
+        """Evaluates what lies below the site at rows of other outcomes, and nothing else.
+
+        Args:
+            values: ``[R, *dims | *elements | *event]``.
+            differentiable: also give a surrogate through which the gradient reaches ``values``.
+        """
+
+    def add(self, surrogate: Tensor) -> None:
+        """Adds a scalar (already a mean over draws) to the surrogate, in the units of ``signal``."""
+
+    def gradient(self, scalar: Tensor, wrt: Tensor) -> Tensor:
+        """``d scalar / d wrt`` as a differentiable value of the program.  The shape of ``wrt``"""
 
 
 class ScoreEstimator(Estimator):
@@ -140,26 +189,52 @@ class ScoreEstimator(Estimator):
         """Detached draws.  ``[*shape | *B | *E]``"""
         return dist.sample(shape).detach()
 
-    def multiplier(self, signal: Signal) -> Tensor:
-        """What the score is multiplied by: the signal less its baseline.  ``[*dims | *elements]``"""
+    def term(self, context: SiteContext) -> Tensor:
+        """What is added to the surrogate, up to its value; only its gradient counts.
+
+        Returns:
+            ``[*dims | *elements]`` or anything that broadcasts to it, of size 1 along the site's own rows: the backend
+            averages over i.i.d. dims, weights weighted ones and sums over elements.
+        """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Several outcomes of one draw of the program."""
+
+    value: Tensor
+    """Detached rows.  ``[R, *shape | *B | *E]``"""
+    weight: Tensor | None = None
+    """Detached weights in the objective, ``[R, *shape | *B]`` with size 1 along joined elements; None for ``1 / R``."""
+    extra: Any = None
+    """What `ScoreEstimator.term` will want again."""
+
+
+class RowEstimator(ScoreEstimator):
+    """Draws several dependent or weighted outcomes at once, all of which stand in the objective's value."""
+
+    weighted: ClassVar[bool] = False
+    """Whether `Draw.weight` is given."""
+
+    @property
+    def rows(self) -> int:
+        """How many outcomes: the size of the site's own sample dim."""
+        raise NotImplementedError
+
+    def draw_rows(self, dist: Distribution, shape: torch.Size, joined: tuple[int, ...]) -> Draw:
+        """All rows of ``shape`` independent draws.
+
+        Args:
+            dist: the distribution.
+            shape: leading i.i.d. dims.
+            joined: element dims that one cost may see several indices of.
+        """
+        raise NotImplementedError
+
+    def evaluations(self, site: SiteInfo) -> int:
+        return self.rows
 
 
 class EnumeratingEstimator(Estimator):
     """Every outcome becomes a row, weighted by its probability."""
-
-
-class RerunEstimator(ScoreEstimator):
-    """Also evaluates the costs below the site at outcomes of its own choosing."""
-
-    def estimate(self, context: Any) -> Tensor:
-        """The surrogate term, given rows of downstream cost."""
-        raise NotImplementedError
-
-
-Rows = Callable[[Tensor], Tensor]
-
-
-def detach_all(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Each tensor without its gradient."""
-    return tuple(torch.Tensor.detach(tensor) for tensor in tensors)

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from scg.estimators.base import Signal, SiteInfo
+from scg.estimators.base import SiteContext, SiteInfo
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Baseline:
         """Running or learned parts, owned by the compiled module."""
         return None
 
-    def value(self, signal: Signal) -> Tensor | None:
-        """What to subtract, broadcastable to ``signal.cost``; None for nothing."""
+    def value(self, context: SiteContext) -> Tensor | None:
+        """What to subtract, broadcastable to ``context.signal``; None for nothing."""
         raise NotImplementedError
 
-    def advantage(self, signal: Signal) -> Tensor:
+    def advantage(self, context: SiteContext) -> Tensor:
         """The signal less the baseline.  ``[*dims | *elements]``"""
-        value = self.value(signal)
-        return signal.cost if value is None else signal.cost - value
+        value = self.value(context)
+        return context.signal if value is None else context.signal - value
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class NoBaseline(Baseline):
 
     name: ClassVar[str] = "none"
 
-    def value(self, signal: Signal) -> None:
+    def value(self, context: SiteContext) -> None:
         return None
 
 
@@ -54,15 +54,15 @@ class LeaveOneOut(Baseline):
 
     name: ClassVar[str] = "leave_one_out"
 
-    def value(self, signal: Signal) -> Tensor:
-        count = math.prod(signal.cost.shape[i] for i in signal.iid)
-        total = signal.cost.sum(signal.iid, keepdim=True)
-        return (total - signal.cost) / (count - 1)
+    def value(self, context: SiteContext) -> Tensor:
+        count = math.prod(context.signal.shape[i] for i in context.iid)
+        total = context.signal.sum(context.iid, keepdim=True)
+        return (total - context.signal) / (count - 1)
 
-    def advantage(self, signal: Signal) -> Tensor:
+    def advantage(self, context: SiteContext) -> Tensor:
         # Q_k - b_k = (Q_k - mean) K / (K - 1): one pass less over the signal
-        count = math.prod(signal.cost.shape[i] for i in signal.iid)
-        return (signal.cost - signal.cost.mean(signal.iid, keepdim=True)) * (count / (count - 1))
+        count = math.prod(context.signal.shape[i] for i in context.iid)
+        return (context.signal - context.signal.mean(context.iid, keepdim=True)) * (count / (count - 1))
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ class MovingAverage(Baseline):
         kept = [1 if i in batch_dims or self.per == "scalar" else size for i, size in enumerate(elements)]
         return RunningMean(tuple(kept), self.decay)
 
-    def value(self, signal: Signal) -> Tensor:
-        state = signal.state
+    def value(self, context: SiteContext) -> Tensor:
+        state = context.state
         assert isinstance(state, RunningMean)
         old = state.read()  # before the update: earlier steps only
-        if signal.training:
-            state.update(signal.cost)
+        if context.training:
+            state.update(context.signal)
         return old
 
 

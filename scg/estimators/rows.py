@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from scg.analysis.influence import Influence
-from scg.estimators.base import EnumeratingEstimator
+from scg.estimators.base import EnumeratingEstimator, RowEstimator
 from scg.ir import Cost, Graph, Sample
 
 SAMPLES = "K"
@@ -38,6 +38,8 @@ def own_dims(site: Sample, samples: int) -> tuple[str, ...]:
     """The sample dims that a site itself brings in."""
     if isinstance(site.estimator, EnumeratingEstimator):
         return (site.name,)
+    if isinstance(site.estimator, RowEstimator):
+        return ((SAMPLES,) if samples > 1 else ()) + (site.name,)
     if site.value is not None:
         return ()
     own = (site.name,) if site.estimator is not None and (site.estimator.samples or 1) > 1 else ()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from scg.estimators.base import YES, ScoreEstimator, Signal, SiteInfo, Support
+from scg.estimators.base import YES, ScoreEstimator, SiteContext, SiteInfo, Support
 from scg.estimators.baselines import BASELINES, Baseline, LeaveOneOut, MovingAverage, NoBaseline
 from scg.estimators.lookup import near_miss
 
@@ -64,11 +65,9 @@ class ScoreFunction(ScoreEstimator):
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...], draws: int) -> nn.Module | None:
         return self.resolve(draws).make_state(site, batch_dims)
 
-    def multiplier(self, signal: Signal) -> Tensor:
-        draws = 1
-        for axis in signal.iid:
-            draws *= signal.cost.shape[axis]
-        return self.resolve(draws).advantage(signal)
+    def term(self, context: SiteContext) -> Tensor:
+        draws = math.prod(context.signal.shape[axis] for axis in context.iid)
+        return context.score_times(self.resolve(draws).advantage(context))
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class ModuleBaseline(Baseline):
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...]) -> nn.Module:
         return self.module
 
-    def value(self, signal: Signal) -> Tensor:
-        value = signal.state()
+    def value(self, context: SiteContext) -> Tensor:
+        value = context.state()
         assert isinstance(value, Tensor)
         return value.detach()

@@ -48,4 +48,3 @@ def batch_dims(graph: Graph, site: Sample) -> tuple[int, ...]:
         if tied is not None and tied < site.tensor.ndim - site.tensor.event_ndim:
             dims.add(tied)
     return tuple(sorted(dims))
-

@@ -1,0 +1,118 @@
+"""Sums cost elements into the signals of the site elements they teach."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from scg.backends.recorder import compile_time, record_constant
+from scg.ir import CreditEdge
+
+_MATRIX_ENTRIES = 1 << 22
+"""Most entries of the 0/1 matrix that sums a general credit relation; beyond, a difference array does it."""
+
+
+def credit_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int, ...]) -> Tensor:
+    """Sums cost elements ``[*dims | *cost]`` into the site elements they teach, ``[*dims | *elements]``."""
+    ndim = tensor.dim() - lead
+    if edge.simple:
+        kept = [axis for axis in edge.axes if axis is not None]
+        over = [lead + axis for axis in range(ndim) if axis not in kept]
+        if over:
+            tensor = tensor.sum(over)
+        rank = {axis: i for i, axis in enumerate(sorted(kept))}
+        tensor = (
+            tensor.permute([*range(lead), *(lead + rank[axis] for axis in kept)]) if kept != sorted(kept) else tensor
+        )
+        shape = [elements[dim] if axis is not None else 1 for dim, axis in enumerate(edge.axes)]
+        return tensor.reshape([*tensor.shape[:lead], *shape])
+    return _box_sum(tensor, lead, edge, elements)
+
+
+def _box_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int, ...]) -> Tensor:
+    """General boxes: a 0/1 matrix over the dims that are not tied, shared by the tied ones where it may be."""
+    shape = tuple(tensor.shape[lead:])
+    sizes = elements or (1,)
+    with compile_time():
+        los = [lo.expand(shape) for lo in edge.lo]
+        his = [hi.expand(shape) for hi in edge.hi]
+        tied = _shared_ties(edge, los, his)
+        rest_cost = [axis for axis in range(len(shape)) if axis not in tied.values()]
+        rest_site = [dim for dim in range(len(sizes)) if dim not in tied]
+        pick = tuple(slice(None) if axis in rest_cost else 0 for axis in range(len(shape)))
+        lo = [los[dim][pick].reshape(-1) for dim in rest_site]  # each [C]
+        hi = [his[dim][pick].reshape(-1) for dim in rest_site]
+    site_sizes = [sizes[dim] for dim in rest_site]
+    order = [*range(lead), *(lead + tied[dim] for dim in sorted(tied)), *(lead + axis for axis in rest_cost)]
+    flat = tensor.permute(order)
+    kept = list(flat.shape[: lead + len(tied)])
+    flat = flat.reshape([*kept, -1])  # [*dims, *tied, C]
+    if lo[0].numel() * math.prod(site_sizes) <= _MATRIX_ENTRIES:
+        like = {"dtype": tensor.dtype, "device": tensor.device}
+        matrix = record_constant(lambda: _box_matrix(lo, hi, site_sizes).to(**like))
+        summed = flat @ matrix  # [*dims, *tied, prod(site_sizes)]
+    else:
+        summed = _difference_sum(flat, lo, hi, site_sizes)
+    summed = summed.reshape([*kept, *site_sizes])
+    place = [*sorted(tied), *rest_site]
+    back = [place.index(dim) for dim in range(len(place))]
+    return summed.permute([*range(lead), *(lead + i for i in back)]).reshape([*summed.shape[:lead], *elements])
+
+
+def _shared_ties(edge: CreditEdge, los: list[Tensor], his: list[Tensor]) -> dict[int, int]:
+    """Tied site dims whose cost dim moves no other bound: they need no part in the matrix."""
+    tied: dict[int, int] = {}
+    for dim, axis in enumerate(edge.axes):
+        if axis is None or axis in tied.values():
+            continue
+        others = [b for i, pair in enumerate(zip(los, his, strict=True)) if i != dim for b in pair]
+        if all(bool((b == b.narrow(axis, 0, 1)).all()) for b in others):
+            tied[dim] = axis
+    if len(tied) == len(los):  # nothing would be left to say which elements are empty
+        tied.popitem()
+    return tied
+
+
+def _box_matrix(lo: list[Tensor], hi: list[Tensor], sizes: list[int]) -> Tensor:
+    """1 where cost element c sees site element i.  ``[C, prod(sizes)]``"""
+    matrix = torch.ones(len(lo[0]), 1, dtype=torch.bool)
+    for low, high, size in zip(lo, hi, sizes, strict=True):
+        index = torch.arange(size)
+        inside = (low[:, None] <= index) & (index <= high[:, None])  # [C, size]
+        matrix = (matrix[:, :, None] & inside[:, None, :]).reshape(len(low), -1)
+    return matrix
+
+
+def _difference_sum(flat: Tensor, lo: list[Tensor], hi: list[Tensor], sizes: list[int]) -> Tensor:
+    """Box sums by a difference array: add at each box's corners, then running sums along every dim."""
+    padded = [size + 1 for size in sizes]
+
+    def corner_of(ends: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        empty = torch.stack([low > high for low, high in zip(lo, hi, strict=True)]).any(0)
+        index = torch.zeros_like(lo[0])
+        for end, low, high, size in zip(ends, lo, hi, padded, strict=True):
+            index = index * size + torch.where(empty, 0, high + 1 if end else low)
+        sign = torch.where(empty, 0.0, -1.0 if sum(ends) % 2 else 1.0)
+        return index.to(flat.device), sign.to(device=flat.device, dtype=flat.dtype)
+
+    total = flat.new_zeros([*flat.shape[:-1], math.prod(padded)])
+    for ends in itertools.product((False, True), repeat=len(sizes)):
+        with compile_time():
+            corner, signs = corner_of(ends)
+        index, sign = (
+            record_constant(functools.partial(_same, corner)),
+            record_constant(functools.partial(_same, signs)),
+        )
+        total = total.index_add(-1, index, flat * sign)
+    total = total.reshape([*flat.shape[:-1], *padded])
+    for axis in range(len(sizes)):
+        total = total.cumsum(axis - len(sizes))
+    return total[(..., *(slice(0, size) for size in sizes))].flatten(-len(sizes))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
