@@ -131,8 +131,9 @@ def differentiate(fn: Callable[..., Any], *inputs: Tensor) -> tuple[tuple[Tensor
     result = fn(*copies)
     outputs = tuple(result) if isinstance(result, (tuple, list)) else (result,)
     leaves = [x for x in copies if x.requires_grad]
-    floating = [y for y in outputs if y.requires_grad]
-    total = sum((y * torch.linspace(1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)).sum() for y in floating)
-    differentiable = isinstance(total, Tensor) and leaves
-    gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True) if differentiable else ()
+    total = sum((x.sum() for x in leaves), torch.zeros(())) * 0  # so that each leaf has a gradient
+    for y in outputs:
+        if y.requires_grad:
+            total = total + (y * torch.linspace(1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)).sum()
+    gradients = torch.autograd.grad(total, leaves) if leaves else ()
     return tuple(y.detach() for y in outputs), gradients
