@@ -203,13 +203,15 @@ class _Blocks:
 
     def _place(self, key: int, node: Node, influence: int) -> None:
         reads = {self.home[name] for name in self.sources(node)}
-        group = _Group("", [node], influence, reads)
+        group = self.table[key] = _Group("", [node], influence, reads)
         if isinstance(node, _BLOCK):
             group.label = self._label(node)
             for other in sorted(reads):
                 if self._joinable(self.table[other], group) and not self._cyclic({*group.sources, other}, other):
                     self._absorb(other, group)
-        self.table[key] = group
+                    for reader in self.table.values():  # others may read what was absorbed
+                        if other in reader.sources:
+                            reader.sources = reader.sources - {other} | {key}
         for member in group.members:
             self.home[member.name] = key
 
