@@ -47,12 +47,24 @@ _READABLE: dict[str, Callable[..., Any]] = {
     "add": operator.add, "__radd__": operator.add, "sub": operator.sub, "mul": operator.mul, "__rmul__": operator.mul,
     "div": operator.truediv, "__truediv__": operator.truediv, "neg": operator.neg, "__getitem__": operator.getitem,
     "gt": operator.gt, "lt": operator.lt, "ge": operator.ge, "le": operator.le, "matmul": operator.matmul,
+    "__pow__": operator.pow, "pow": operator.pow,
 }  # fmt: skip
 """Tensor methods written as Python operators in the generated code."""
 
 
-def _is_method(func: Callable[..., Any]) -> bool:
-    return isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType))
+_PYTHON_METHODS = {func: name for name, func in vars(Tensor).items() if isinstance(func, types.FunctionType)}
+"""Tensor methods written in Python, and their names."""
+
+
+def _how_to_call(func: Callable[..., Any], with_kwargs: bool) -> tuple[str, Any]:
+    """The fx opcode and target that read best for ``func``."""
+    method = isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType))
+    name = _PYTHON_METHODS.get(func) if isinstance(func, types.FunctionType) else func.__name__ if method else None
+    if name is None:
+        return "call_function", func
+    if name in _READABLE and not with_kwargs:
+        return "call_function", _READABLE[name]
+    return "call_method", name
 
 
 def _function_name(func: Callable[..., Any]) -> str:
@@ -161,8 +173,8 @@ class Recorder(TorchFunctionMode):
         if name in _SAME_IF_SHAPE and out.shape == args[0].shape:
             return args[0]
         node_args, node_kwargs = tree_map_only(Tensor, self.node, (args, kwargs))
-        target = func if node_kwargs else _READABLE.get(name, func) if _is_method(func) else func
-        node = self.graph.create_node("call_function", target, node_args, node_kwargs, name=self.hint or None)
+        op, target = _how_to_call(func, bool(node_kwargs))
+        node = self.graph.create_node(op, target, node_args, node_kwargs, name=self.hint or None)
         if in_place:
             node.meta["effect"] = True
             self._nodes[id(out)] = node

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scg.ir import Graph
+from scg.passes.check import check_gradients
 from scg.passes.clean import eliminate_dead_code, share
 from scg.passes.credit import assign_credit
 from scg.passes.insert_estimators import InsertEstimators
@@ -24,8 +25,12 @@ def pipeline(insert: InsertEstimators, credit: str = "element") -> tuple[tuple[s
     def assign(graph: Graph) -> Graph:
         return assign_credit(graph, credit)
 
+    def check(graph: Graph) -> Graph:
+        return check_gradients(graph, insert.allow_biased)
+
     return (
         ("normalize", normalize),
+        ("check_gradients", check),
         ("split_costs", split),
         ("assign_credit", assign),
         ("insert_estimators", insert),

@@ -37,7 +37,8 @@ class InsertEstimators:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Glob over site names to estimator; the first match wins."""
     samples: int = 1
-    allow_biased: bool = True
+    allow_biased: bool | None = None
+    """False makes a biased choice an error."""
 
     def __call__(self, graph: Graph) -> Graph:
         """Fills ``estimator``, ``reason`` and the sample dims of every type.
@@ -84,7 +85,7 @@ class _Choice:
             fits = explicit.check(info)
             if not fits:
                 raise self._misfit(site, explicit, fits.reason, info)
-            if not explicit.unbiased and not options.allow_biased:
+            if not explicit.unbiased and options.allow_biased is False:
                 raise EstimatorError(
                     f"%{site.name} ({site.loc}): {explicit.name!r} is biased and allow_biased=False was given; "
                     f"unbiased and fitting: {', '.join(self._fitting(info, unbiased=True))}"

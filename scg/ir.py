@@ -374,6 +374,8 @@ class Graph:
     """Values of the `Param` nodes by path: the user's own objects, never copies."""
     credit: Mapping[tuple[str, str], CreditEdge] = field(default_factory=dict, repr=False)
     """(site, cost node) to which elements teach which (set by assign_credit)."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it: biases let pass, likely mistakes."""
     samples: int = 1
     """Draws of the whole program, set with the estimators; two or more make the sample dim ``K``."""
     tail: frozenset[str] = frozenset()

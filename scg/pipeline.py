@@ -196,7 +196,7 @@ class CompiledModule(nn.Module):
         """What was decided for every site, and why: a table as text, Markdown and HTML."""
         from scg.report import explain
 
-        return explain(self.graph)
+        return explain(self.graph, notes=self.graph.notes)
 
     def render(self, path: Any, view: str = "stochastic") -> Any:
         """Writes a picture; the suffix of ``path`` (svg, png, pdf, html, dot) says which kind."""

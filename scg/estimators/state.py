@@ -12,6 +12,7 @@ from scg.ir import Dist, Graph, Input, Sample
 def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
     """The state of every site that needs one, made where ``owner`` has none yet."""
     states: dict[str, nn.Module] = {}
+    along_batch = _BatchDims(graph)
     for site in graph.of(Sample):
         if site.estimator is None or not site.credits:
             continue
@@ -20,7 +21,7 @@ def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
             dist = graph[site.dist]
             assert isinstance(dist, Dist)
             info = SiteInfo(site.name, dist.template, site.tensor.shape, site.tensor.event_ndim)
-            made = site.estimator.make_state(info, batch_dims(graph, site), draws(graph, site))
+            made = site.estimator.make_state(info, along_batch(site), draws(graph, site))
             if made is None:
                 continue
             owner[key] = made
@@ -35,16 +36,18 @@ def draws(graph: Graph, site: Sample) -> int:
     return graph.samples * (site.estimator.samples or 1)
 
 
-def batch_dims(graph: Graph, site: Sample) -> tuple[int, ...]:
-    """Element dims of ``site`` that run over the data batch: tied to the leading dim of an input."""
-    inputs = [node.name for node in graph.of(Input) if node.tensor.ndim >= 1]
-    if not inputs:
-        return ()
-    found = influence(graph, inputs)
-    dims = set()
-    for name in inputs:
-        relation = found.relation(site.name, name)
-        tied = None if relation is None else relation.tied(0)
-        if tied is not None and tied < site.tensor.ndim - site.tensor.event_ndim:
-            dims.add(tied)
-    return tuple(sorted(dims))
+class _BatchDims:
+    """Element dims of sites that run over the data batch: tied to the leading dim of an input."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.inputs = [node.name for node in graph.of(Input) if node.tensor.ndim >= 1]
+        self.found = influence(graph, self.inputs) if self.inputs else None
+
+    def __call__(self, site: Sample) -> tuple[int, ...]:
+        dims = set()
+        for name in self.inputs:
+            relation = None if self.found is None else self.found.relation(site.name, name)
+            tied = None if relation is None else relation.tied(0)
+            if tied is not None and tied < site.tensor.ndim - site.tensor.event_ndim:
+                dims.add(tied)
+        return tuple(sorted(dims))
