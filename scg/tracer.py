@@ -29,7 +29,8 @@ from scg.ir import Graph, Ref
 from scg.primitives import handling
 from scg.tracer_frames import traceback_loc
 from scg.tracer_graph import Converter, without_glue
-from scg.tracer_recorder import InnerGradient, OperationMode, Recorder, SavedTensors
+from scg.tracer_operations import InnerGradient, OperationMode, SavedTensors
+from scg.tracer_recorder import Recorder
 
 _lock = threading.RLock()  # the pre-dispatch mode stack is one for the whole process
 
@@ -47,11 +48,13 @@ def trace(
         model: A module or a function; closures over modules, parameters and tensors are captured by name.
         args: Positional arguments of the call; their shapes, dtypes and plain values are those of the graph.
         kwargs: Keyword arguments of the call.
-        dynamic: Leave the size of the leading dim of the arguments open.
+        dynamic: Not captured: a graph is of one batch size.
 
     Returns:
         The graph before any pass.
     """
+    if dynamic:
+        raise TraceError("a graph is of one batch size: trace again for another one.")
     try:
         return _trace(model, tuple(args), dict(kwargs or {}), in_parts=False)
     except InnerGradient:

@@ -13,7 +13,8 @@ from torch._ops import OpOverload
 from scg import ir
 from scg.errors import TraceError
 from scg.ir import Ref
-from scg.tracer_recorder import Fact, Recorder
+from scg.tracer_operations import Fact
+from scg.tracer_recorder import Recorder
 
 aten = torch.ops.aten
 
@@ -28,7 +29,8 @@ class Converter:
         self.recorder = recorder
         self.facts = recorder.tracer.facts
         self.source = list(recorder.tracer.graph.nodes)
-        self.names = _names(self.source, self.facts)
+        self.fresh = _Names()
+        self.names = _names(self.source, self.facts, self.fresh)
         self.nodes: dict[str, ir.Node] = {}
         self._refs: dict[fx.Node, Ref] = {}
         """What stands for an fx node in the IR."""
@@ -98,7 +100,7 @@ class Converter:
         assert isinstance(type_, ir.TensorType)
         if self.nodes[source].tensor.shape == type_.shape:
             return source  # type: ignore[no-any-return]
-        name = _fresh("expand", self.nodes, self.names.values())
+        name = self.fresh("expand")
         args = (source, list(type_.shape))
         return self._add(
             ir.Op(name=name, type=type_, loc=fact.loc, scope=fact.scope, target=aten.expand.default, args=args)
@@ -145,7 +147,7 @@ class Converter:
 
     def _detached_ref(self, ref: Ref, fact: Fact) -> Ref:
         if ref not in self._detached:
-            name = _fresh("detach", self.nodes, self.names.values())
+            name = self.fresh("detach")
             type_ = self.nodes[ref].type
             self._detached[ref] = self._add(
                 ir.Op(name=name, type=type_, loc=fact.loc, scope=fact.scope, target=aten.detach.default, args=(ref,))
@@ -179,7 +181,28 @@ def _is_glue(target: Any) -> bool:
     return target in _GLUE or target is operator.getitem
 
 
-def _names(nodes: list[fx.Node], facts: dict[fx.Node, Fact]) -> dict[fx.Node, str]:
+class _Names:
+    """Hands out each name once: ``z``, then ``z_1``, ``z_2``…"""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self._last: dict[str, int] = {}
+
+    def __call__(self, wanted: str) -> str:
+        name = wanted
+        if name in self.taken:
+            stem, _, number = wanted.rpartition("_")
+            stem, first = (stem, int(number)) if stem and number.isdecimal() else (wanted, 0)
+            n = max(first, self._last.get(stem, 0))
+            while name in self.taken:
+                n += 1
+                name = f"{stem}_{n}"
+            self._last[stem] = n
+        self.taken.add(name)
+        return name
+
+
+def _names(nodes: list[fx.Node], facts: dict[fx.Node, Fact], fresh: _Names) -> dict[fx.Node, str]:
     """A unique name for each node: sites and costs first, then arguments and parameters, then the rest."""
 
     def priority(node: fx.Node) -> int:
@@ -188,30 +211,20 @@ def _names(nodes: list[fx.Node], facts: dict[fx.Node, Fact]) -> dict[fx.Node, st
         return 2 * _PRIORITY.get(kind, 5) + (not fact.explicit)
 
     names: dict[fx.Node, str] = {}
-    taken: dict[str, fx.Node] = {}
+    explicit: dict[str, fx.Node] = {}
     for node in sorted(nodes, key=priority):  # stable: program order within a kind
         fact = facts[node]
         wanted = node.meta.get("hint", node.name)
         is_site = fact.made is not None and fact.made[0] is ir.Sample
-        if is_site and fact.explicit and wanted in taken:
-            raise TraceError(
-                f"{fact.loc}: two sites are named {wanted!r}, the first at {facts[taken[wanted]].loc}. "
-                f'Give each its own name, in a loop such as f"{wanted}_{{t}}".'
-            )
-        name = _fresh(wanted, taken)
-        names[node], taken[name] = name, node
+        if is_site and fact.explicit:
+            first = explicit.setdefault(wanted, node)
+            if first is not node:
+                raise TraceError(
+                    f"{fact.loc}: two sites are named {wanted!r}, the first at {facts[first].loc}. "
+                    f'Give each its own name, in a loop such as f"{wanted}_{{t}}".'
+                )
+        names[node] = fresh(wanted)
     return names
-
-
-def _fresh(base: str, *taken: Iterable[str]) -> str:
-    if not any(base in names for names in taken):
-        return base
-    stem, _, number = base.rpartition("_")
-    stem, n = (stem, int(number)) if stem and number.isdigit() else (base, 0)
-    while True:
-        n += 1
-        if not any(f"{stem}_{n}" in names for names in taken):
-            return f"{stem}_{n}"
 
 
 def _written(nodes: list[fx.Node]) -> set[fx.Node]:

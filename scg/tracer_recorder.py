@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,164 +19,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import Function
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 from torch.fx.experimental.proxy_tensor import (
-    ProxyTorchDispatchMode,
-    PythonKeyTracer,
     disable_proxy_modes_tracing,
     get_proxy_slot,
     track_tensor_tree,
 )
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from scg import ir
 from scg.capture import Captured
 from scg.errors import TraceError
 from scg.primitives import OpaqueSpec
 from scg.template import Template, flatten
-from scg.tracer_frames import assigned_name, name_of, user_frame, user_loc, where
-
-
-@dataclass
-class Fact:
-    """What is noted about an fx node beside its operation."""
-
-    loc: str
-    scope: str
-    no_grad: bool
-    live: bool
-    """A gradient may flow back from here, to a parameter, an input or a site."""
-    made: tuple[type[ir.Node], dict[str, Any]] | None = None
-    """Of a node that is no ATen operation: its kind and fields, with fx nodes where the IR has `Ref`s."""
-    explicit: bool = False
-    """The user chose the node's name."""
-
-
-class InnerGradient(TraceError):
-    """A gradient taken inside the model reads something that a node computed inside itself."""
-
-
-class OperationMode(ProxyTorchDispatchMode):
-    """fx's recording of ATen operations, with the casts that autocast makes below them written out.
-
-    With ``in_parts``, composite operations are recorded by the operations they consist of: those are what autograd
-    saves tensors for.
-    """
-
-    def __init__(self, tracer: Tracer, in_parts: bool) -> None:
-        super().__init__(tracer, "real", pre_dispatch=True)
-        self.tracer: Tracer = tracer
-        self.in_parts = in_parts
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.detach.default and self.tracer.is_copy(args[0]):
-            return func(*args)  # autograd unpacks it
-        device = _autocast_device(args)
-        if device is not None:
-            if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), f"Autocast{device.upper()}"):
-                dtype = _autocast_dtype(func, args, kwargs)
-                with torch.autocast(device, enabled=False), self:
-                    cast = partial(_cast, dtype)
-                    return func(*_map_tensors(cast, args), **_map_tensors(cast, kwargs))
-        if device is not None or self.in_parts:
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-class SavedTensors(TorchDispatchMode):
-    """Knows the copies that autograd saves for its backward as the tensors they are copies of."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tracer = tracer
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.detach.default:  # one of the user's own gets a node after this, which then counts
-            self.tracer.copies[id(result)] = result, args[0]
-        return result
-
-
-def _autocast_device(args: Any) -> str | None:
-    """The device type of the arguments, where autocast is on for it."""
-    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-        return None
-    found: list[Tensor] = []
-    _map_tensors(found.append, args)
-    device = next((tensor.device.type for tensor in found), None)
-    return device if device is not None and torch.is_autocast_enabled(device) else None
-
-
-def _autocast_dtype(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
-    """The floating dtype in which autocast runs an operation, if it is one for all arguments."""
-    with _FirstOperation() as first:
-        func(*args, **kwargs)
-    return first.dtypes.pop() if len(first.dtypes) == 1 else None
-
-
-class _FirstOperation(TorchDispatchMode):
-    """Notes the floating dtypes that reach the first operation that is not a cast."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.dtypes and func.namespace == "aten" and func is not torch.ops.aten._to_copy.default:
-            found: list[Tensor] = []
-            _map_tensors(found.append, args)
-            self.dtypes = {tensor.dtype for tensor in found if tensor.is_floating_point()}
-        return func(*args, **(kwargs or {}))
-
-
-def _cast(dtype: torch.dtype | None, tensor: Tensor) -> Tensor:
-    wanted = dtype is not None and tensor.is_floating_point() and tensor.dtype not in (dtype, torch.float64)
-    return tensor.to(dtype) if wanted else tensor
-
-
-class Tracer(PythonKeyTracer):
-    """fx's tracer of ATen operations, noting for each node where it comes from."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.root = nn.Module()
-        self.graph = fx.Graph(tracer_cls=type(self))
-        self.recorder = recorder
-        self.facts: dict[fx.Node, Fact] = {}
-        self.copies: dict[int, tuple[Tensor, Tensor]] = {}
-        """Tensors that autograd saved, and what they are copies of; see `SavedTensors`."""
-
-    def is_copy(self, tensor: Tensor) -> bool:
-        """Whether a tensor is known only as the copy of another."""
-        return id(tensor) in self.copies and get_proxy_slot(tensor, self, None) is None
-
-    def create_node(
-        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
-    ) -> fx.Node:
-        node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
-        loc, scope = where(self.recorder.modules)
-        no_grad = not torch.is_grad_enabled()
-        live = not no_grad and target not in _STOPS and any(self.facts[read].live for read in node.all_input_nodes)
-        self.facts[node] = Fact(loc, scope, no_grad, live)
-        return node
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, FakeTensor):
-            if self.is_copy(a):
-                return self.recorder.node_of(self.copies[id(a)][1])
-            raise InnerGradient(
-                f"{user_loc()}: torch.autograd.grad reads a value computed inside a distribution or a custom function, "
-                "which are captured whole. Write the density out in tensor code."
-            )
-        if isinstance(a, Tensor):
-            return self.recorder.node_of(self.recorder.lift(a))
-        return super().create_arg(a)
-
-
-_STOPS = frozenset({torch.ops.aten.detach.default, torch.ops.aten.detach_.default})
+from scg.tracer_frames import assigned_name, name_of, user_frame, user_loc
+from scg.tracer_operations import Fact, Tracer, map_tensors
 
 
 def _nodes_in(tree: Any) -> list[fx.Node]:
@@ -242,7 +97,7 @@ class Recorder(TorchFunctionMode):
 
     def nodes_in(self, tree: Any) -> Any:
         """``tree`` with fx nodes where tensors stand."""
-        return _map_tensors(lambda tensor: self.node_of(self.lift(tensor)), tree)
+        return map_tensors(lambda tensor: self.node_of(self.lift(tensor)), tree)
 
     def emit(
         self, kind: type[ir.Node], fields: dict[str, Any], fake: Any, name: str, explicit: bool = False
@@ -428,7 +283,7 @@ class Recorder(TorchFunctionMode):
         bound.apply_defaults()
         if bound.kwargs:
             raise TraceError(f"{user_loc()}: an opaque function takes no keyword-only arguments: {spec.fn.__name__}.")
-        lifted = _map_tensors(self.lift, bound.args)
+        lifted = map_tensors(self.lift, bound.args)
         with self._quiet():
             fake = _opaque_result(spec, lifted)
         fields = {
@@ -442,7 +297,7 @@ class Recorder(TorchFunctionMode):
         """A custom `torch.autograd.Function`: one node, so that it keeps its own backward."""
         if self._inside or function.__module__.partition(".")[0] == "torch":
             return apply(*args)
-        lifted = _map_tensors(self.lift, args)
+        lifted = map_tensors(self.lift, args)
         with self._quiet():
             fake = apply(*lifted)
         outputs = fake if isinstance(fake, tuple) else (fake,)
@@ -461,7 +316,7 @@ class Recorder(TorchFunctionMode):
             return self._refuse(func, *args, **kwargs)
         if torch._C._functorch.maybe_current_level() is not None:
             raise TraceError(f"{user_loc()}: torch.func transforms (vmap, grad, jvp) are not captured.")
-        args, kwargs = _map_tensors(self.lift, args), _map_tensors(self.lift, kwargs)
+        args, kwargs = map_tensors(self.lift, args), map_tensors(self.lift, kwargs)
         if func == _DATA:
             return args[0].detach()
         if func in _CONSTRUCTORS and isinstance(args[0], (list, tuple)) and _nodes_in(self.nodes_in(args[0])):
@@ -540,24 +395,10 @@ _WAYS_OUT: dict[Any, str] = {
 """Of what cannot be captured even where no value is read."""
 
 
-def _map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
-    """``tree`` (nested tuples, lists, dicts) with ``fn`` of its tensors."""
-    if isinstance(tree, Tensor):
-        return fn(tree)
-    if isinstance(tree, tuple):
-        items = [_map_tensors(fn, item) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if isinstance(tree, list):
-        return [_map_tensors(fn, item) for item in tree]
-    if isinstance(tree, dict):
-        return {key: _map_tensors(fn, item) for key, item in tree.items()}
-    return tree
-
-
 def _opaque_result(spec: OpaqueSpec, args: tuple[Any, ...]) -> Any:
     """Fake outputs of an opaque call."""
     found: list[Tensor] = []
-    _map_tensors(found.append, args)
+    map_tensors(found.append, args)
     if not found and (spec.shape is None or spec.dtype is None):
         raise TraceError(f"{user_loc()}: opaque {spec.fn.__name__} has no tensor argument: give it shape= and dtype=.")
     several = [option for option in (spec.shape, spec.dtype) if isinstance(option, tuple)]

@@ -18,7 +18,7 @@ LAYERS = (
     {"estimators"},
     {"passes"},
     {"backends", "report"},
-    {"primitives", "capture", "tracer", "tracer_frames", "tracer_graph", "tracer_recorder"},
+    {"primitives", "capture", "tracer", "tracer_frames", "tracer_graph", "tracer_operations", "tracer_recorder"},
     {"exact"},
     {"pipeline", "diagnostics"},
 )
@@ -27,7 +27,7 @@ LAYERS = (
 VIEWS = {("ir", "backends")}
 """A graph shows itself: these imports happen inside the methods that draw."""
 
-FX = {"tracer", "tracer_frames", "tracer_graph", "tracer_recorder", "backends"}
+FX = {"tracer", "tracer_frames", "tracer_graph", "tracer_operations", "tracer_recorder", "backends"}
 """Who may import torch.fx."""
 
 
