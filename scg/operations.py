@@ -216,9 +216,10 @@ OPERATIONS: dict[str, Operation] = {
         _MIX,
         """_log_softmax _safe_softmax _softmax cross fft_fft fft_fft2 fft_fftn fft_hfft fft_ifft fft_ifft2
         fft_ifftn fft_ihfft fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn glu linalg_cross
-        log_softmax msort softmax sort special_log_softmax special_softmax topk""",
+        log_softmax softmax sort special_log_softmax special_softmax topk""",
     ),
-    **_entries(replace(_MIX, discontinuous=True), "argsort"),
+    "msort": Operation("mix", dims=(0,)),
+    "argsort": replace(_MIX, discontinuous=True),
     "cosine_similarity": replace(_REDUCE),
     "pairwise_distance": Operation("reduction", dims=(-1,)),
     # -- scans ----------------------------------------------------------------------------------------------------
@@ -465,3 +466,40 @@ def is_impure(node: Op) -> bool:
         named = bind(node)
         return bool(named.get("training", named.get("use_input_stats", True)))
     return bool(schema.is_mutable)
+
+
+# -- the documented table -----------------------------------------------------------------------------------------
+def table() -> str:
+    """The table in Markdown, one line a class of operations."""
+    classes: dict[Operation, list[str]] = {}
+    for name, op in OPERATIONS.items():
+        classes.setdefault(op, []).append(name)
+    lines = ["| how elements depend | linear in | notes | operations |", "|---|---|---|---|"]
+    for op, names in sorted(classes.items(), key=lambda item: (item[0].kind, item[1])):
+        linear = " or ".join("{" + ", ".join(map(str, sorted(group))) + "}" for group in op.linear)
+        notes = [word for word in ("discontinuous", "random", "impure", "guard") if getattr(op, word)]
+        notes += [f"`{op.equation}`"] if op.equation else []
+        listed = " ".join(f"`{name}`" for name in sorted(names))
+        lines.append(f"| {op.kind} | {linear} | {', '.join(notes)} | {listed} |")
+    return "\n".join(lines)
+
+
+_PAGE = """# The operation table
+
+Written by `scg.operations.page()`; the table itself is `OPERATIONS` in `scg/operations.py`.
+
+Every analysis asks one table what an ATen operation does: how the elements of its outputs depend on those of its
+inputs (*influence*), in which arguments it is affine (*un-reduction*: `{0, 1}` jointly in the first two, `{0} or {1}`
+in either one while the other stands still), whether its value jumps (*smoothness*), whether it draws noise.
+An operation outside the table is taken apart into those inside it; if that fails, every element is taken to depend on
+everything, and on a path that needs a derivative it counts as a jump: higher variance, never bias.
+
+To add an operation, put its name into the group that moves data as it does. `tests/test_operations.py` then nudges each
+input element of a few calls of it (give them in `tests/analysis/examples.py` if they do not follow from the schema) and
+checks that nothing changes that the table says cannot.
+"""
+
+
+def page() -> str:
+    """The documentation page ``docs/operations.md``."""
+    return f"{_PAGE}\n{table()}\n"

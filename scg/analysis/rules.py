@@ -165,8 +165,14 @@ _DATA = frozenset({"self", "tensors", "src", "input"})
 """The arguments of movements whose elements are moved; the values of all others steer."""
 
 
+_RESHAPES = frozenset("_unsafe_view flatten ravel reshape reshape_as unflatten view view_as view_copy".split())
+"""Movements that keep the order of elements: a depth tensor is expanded, and could not always be viewed."""
+
+
 def movement(call: Call) -> Depths:
     """The operation itself, on depths."""
+    if packet_name(call.target) in _RESHAPES:
+        return [call.depth("self").reshape(call.out)]
 
     def known(ref: Ref) -> Any:
         value = call.constant(ref)
@@ -246,11 +252,13 @@ def _contract(call: Call, operands: Iterable[tuple[Any, str]], output: str, rest
     order = _spread(output, wide)
     parts = list(rest)
     for ref, labels in operands:
-        if not isinstance(ref, Ref) or ref not in call.depths:
+        if not isinstance(ref, Ref):
+            continue
+        if len(call.shape(ref)) < len(labels.replace("...", "")):
+            raise Unknown("an operand of lower rank than the contraction's")
+        if ref not in call.depths:
             continue
         x = tight(call.depths[ref])
-        if x.ndim < len(labels.replace("...", "")):
-            raise Unknown("an operand of lower rank than the contraction's")
         own = _spread(labels, x.ndim - len(labels.replace("...", "")))
         for label in sorted(set(own)):  # a repeated label reads the diagonal: keeping its hull is sound and simple
             while own.count(label) > 1:

@@ -142,11 +142,13 @@ def allowed(found: Influence, node: str, source: str, shape: tuple[int, ...], ex
     return mask
 
 
-def compare(graph: Graph, inputs: Mapping[str, Tensor], found: Influence) -> tuple[list[str], int, int]:
+def compare(
+    graph: Graph, inputs: Mapping[str, Tensor], found: Influence, amounts: Iterable[float] = (0.7, -1.3, 6.0)
+) -> tuple[list[str], int, int]:
     """Violations of soundness as text, and how many pairs the analysis allows and the oracle saw."""
     violations = []
     claimed = seen = 0
-    for (node, source), mask in changes(graph, inputs).items():
+    for (node, source), mask in changes(graph, inputs, tuple(amounts)).items():
         shape, extent = tuple(mask.shape[: mask.ndim - inputs[source].ndim]), tuple(inputs[source].shape)
         may = allowed(found, node, source, shape, extent)
         if bool((mask & ~may).any()):
