@@ -71,6 +71,36 @@ def _writes(node: Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
+def _counters(graph: Graph) -> set[str] | None:
+    """What the writes read and are, if each has a buffer to itself: no other memory need be followed then.
+
+    Such is the number of batches that a normalization layer counts.
+    """
+    returned = set(refs_in((graph.objective, graph.outputs)))
+    storages = [graph.tensors[node.path].untyped_storage()._cdata for node in graph.of(Param)]
+    names: set[str] = set()
+    for node in graph.of(Op):
+        if not _writes(node):
+            continue
+        refs = _functional_form(node)[1]
+        written = graph[refs[0]]
+        readers = [*graph.users[written.name], *graph.users[node.name]]
+        if (
+            not isinstance(written, Param)
+            or node.inputs.count(node.inputs[0]) > 1
+            or returned & {written.name, node.name}
+        ):
+            return None
+        if (
+            len(refs) > 1
+            or readers != [node.name]
+            or storages.count(graph.tensors[written.path].untyped_storage()._cdata) > 1
+        ):
+            return None
+        names |= {node.name, *node.inputs}
+    return names
+
+
 # -- who shares memory -----------------------------------------------------------------------------------------------
 
 
@@ -154,11 +184,15 @@ class _Functionalizer:
         self.writes: list[_Write] = []
         self.born: dict[str, int] = {}
         """How many writes came before each node."""
+        self.counters = _counters(graph)
+        """If all writes are to buffers that nothing else reads: these and what is written; else None."""
 
     def run(self) -> Graph:
         for node in self.graph:
             self.born[node.name] = len(self.writes)
-            if isinstance(node, Op) and _writes(node):
+            if self.counters is not None and node.name not in self.counters:
+                self.new.add(node)
+            elif isinstance(node, Op) and _writes(node):
                 self._write(node)
             else:
                 self._compute(node)
@@ -191,7 +225,7 @@ class _Functionalizer:
             return self.mode.from_tensor(self.graph.tensors[node.path])
         if isinstance(node, (Cost, Depends, Sample)) and node.value is not None:
             return self.fakes[node.value]
-        if isinstance(node, Op):
+        if isinstance(node, Op) and self.counters is None:
             try:
                 return self._run(node)
             except Exception:  # no rule for fakes: the operation may be fine, but its memory is unknown
@@ -256,9 +290,8 @@ class _Functionalizer:
         return split
 
     def _check_statistics(self, node: Op) -> None:
-        for ref in node.inputs:
-            owner = self.handles[ref].memory.owner
-            write = self._last_write(self.handles[ref].memory)
+        for handle in (self.handles[ref] for ref in node.inputs if ref in self.handles):
+            owner, write = handle.memory.owner, self._last_write(handle.memory)
             if owner is not None and write is not None:
                 raise TraceError(
                     f"{node.loc}: {node.op_name} updates {_name_of(owner)}, which was written in place before "
@@ -433,9 +466,9 @@ class _Functionalizer:
 
     def _update(self, param: Param) -> None:
         """One ``copy_`` at the end for a buffer that was written."""
-        handle = self.handles[param.name]
-        write = self._last_write(handle.memory)
-        if write is None or handle.memory.owner is not param:
+        handle = self.handles.get(param.name)
+        write = self._last_write(handle.memory) if handle is not None else None
+        if handle is None or write is None or handle.memory.owner is not param:
             return
         value = self._current(handle)
         above = self.graph.with_nodes(self.new.nodes.values()).ancestors([value])

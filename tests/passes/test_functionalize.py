@@ -416,6 +416,28 @@ def test_buffers_are_updated_once_at_the_end() -> None:
     assert not model.table.requires_grad
 
 
+def test_counting_alone_needs_no_memory_to_be_followed() -> None:
+    model, twin = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+    x = torch.randn(5, 4)
+    graph = verify(functionalize(trace(lambda x: model(x).sum(), (x,))), after="functionalize")
+    assert functionalize(graph) is graph
+    torch.testing.assert_close(evaluate(graph, (x,)), twin(x).sum())
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
+
+
+def test_a_buffer_given_as_out_is_followed() -> None:
+    class Out(Counter):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.add(self.count, 1, out=self.table[0, 0])
+            return (self.table * x[:2]).sum()
+
+    model, twin = Out(), Out()
+    x = torch.randn(5, 4)
+    graph = functionalize(trace(model, (x,)))
+    torch.testing.assert_close(evaluate(graph, (x,)), twin(x))
+    torch.testing.assert_close(model.table, twin.table)
+
+
 class Writes(nn.Module):
     count: Tensor
 
