@@ -31,8 +31,8 @@ class DiscreteVAE(nn.Module):
         q = Bernoulli(logits=self.encoder(x))
         z = q.sample()  # an ordinary sample: no gradient flows through it, scg estimates one
         nll = -Bernoulli(logits=self.decoder(z)).log_prob(x).sum(-1)
-        kl = kl_divergence(q, Bernoulli(logits=torch.zeros_like(z))).sum(-1)
-        return (nll + kl).mean()  # minus the ELBO, already reduced
+        kl = kl_divergence(q, Bernoulli(logits=torch.zeros_like(q.logits))).sum(-1)
+        return (scg.cost(nll, "nll") + kl).mean()  # minus the ELBO, already reduced; a name is never needed
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ def draw(image: Tensor) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--samples", type=int, default=4, help="draws of the whole program per step")
     parser.add_argument("--estimator", default="score_function")
     parser.add_argument("--out", type=Path, default=Path("out"))
