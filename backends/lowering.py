@@ -88,7 +88,9 @@ class Interpreter:
         enumerated = [s for s in graph.of(Sample) if isinstance(s.estimator, EnumeratingEstimator)]
         scored = [s for s in graph.of(Sample) if isinstance(s.estimator, ScoreEstimator)]
         self.joined = {site.name: joined_dims(graph, found, site) for site in (*enumerated, *scored)}
-        self.supports = {site.name: finite_support(graph, self.dist_node(site.dist)) for site in enumerated}
+        self.supports = {
+            site.name: finite_support(graph, self.dist_node(site.dist)) for site in (*enumerated, *scored)
+        }
         self.dims = SampleDims(self._sample_dims())
         self.batcher = Batcher(self.dims)
         self.env: dict[str, Any] = {}
@@ -105,6 +107,8 @@ class Interpreter:
         self._detached: dict[str, Batched] = {}
         self._reruns = 0
         self._rerunning = False
+        self._kept: tuple[str, ...] = ()
+        """Of a rerun: the sample dims of its rows and draws, whose derivatives stay apart."""
         self._sums: dict[tuple[int, ...], dict[frozenset[tuple[str, int]], Tensor]] = {}
         """Sums of credited costs made so far, by shape and members."""
 
@@ -325,10 +329,9 @@ class Interpreter:
                 return value
             name = left[-1]
             kind = self.dims[name].kind
-            if kind in ("iid", "coupled", "counterfactual"):
-                axis = value.dims.index(name)
-                joined = value.tensor.sum(axis) if kind == "counterfactual" else value.tensor.mean(axis)
-                value = Batched(joined, tuple(d for d in value.dims if d != name))
+            if kind in ("iid", "coupled"):
+                mean = value.tensor.mean(value.dims.index(name))
+                value = Batched(mean, tuple(d for d in value.dims if d != name))
             else:
                 value = self._sum_out(value, of, name, detach)
 
@@ -444,11 +447,11 @@ class Interpreter:
         return total * scale if context.surrogate is None else (total + context.surrogate) * scale
 
     def _mean_of_term(self, term: Tensor, site: Sample, dims: tuple[str, ...]) -> Tensor:
-        """Sum over elements and counterfactual rows, mean over i.i.d. dims, weighted sum over weighted ones."""
-        plain = [name for name in dims if self.dims[name].kind in ("iid", "coupled", "counterfactual")]
-        if len(plain) < len(dims):
-            return self.expectation(Batched(term, dims), site.name, detach=True).tensor.sum()
-        draws = math.prod(self.dims.size(name) for name in plain if self.dims[name].kind != "counterfactual")
+        """Sum over elements and over a rerun's rows and draws, mean over i.i.d. dims, weighted sum over weighted ones."""
+        left = [name for name in dims if name not in self._kept]
+        if any(self.dims[name].kind not in ("iid", "coupled") for name in left):
+            return self.expectation(Batched(term, dims), site.name, self._kept, detach=True).tensor.sum()
+        draws = math.prod(self.dims.sizes(left))
         return term.sum() / draws if draws > 1 else term.sum()
 
     def signal(self, site: Sample, dims: tuple[str, ...]) -> tuple[Tensor, float] | None:
@@ -507,8 +510,8 @@ class Interpreter:
         child.weights = {name: _detach(weight) for name, weight in self.weights.items()}
         child.before_transform = {n: _detach(v) for n, v in self.before_transform.items() if n not in below}
         child.extras, child._shares, child._detached, child._sums = dict(self.extras), {}, {}, {}
-        child._rerunning, child.training = True, False
         all_dims = (row.name, *dims)
+        child._rerunning, child.training, child._kept = True, False, all_dims
         child.env[site.name] = Batched(values, all_dims)
         costs = [cost for name, cost in self.graph.credit if name == site.name]
         wanted = self.graph.ancestors(costs) & below
@@ -521,10 +524,10 @@ class Interpreter:
         return Rerun(signal, child._total(costs, wanted, scale) if differentiable else None)
 
     def _total(self, costs: list[str], wanted: set[str], scale: float) -> Tensor:
-        """Costs and inner terms of a rerun, with the gradient that reaches its rows."""
+        """Costs and inner terms of a rerun, summed over rows and draws, with the gradient that reaches each row."""
         total: Tensor | None = None
         for cost in costs:
-            value = self.expectation(self.env[cost], cost).tensor
+            value = self.expectation(self.env[cost], cost, self._kept).tensor
             coefficient = self.coefficients[cost]
             if coefficient.uniform is not None:
                 part = value.sum() * (coefficient.uniform / scale)
@@ -641,21 +644,42 @@ class Context:
         """Adds a scalar to the surrogate, in the units of the signal: the pathwise part of a control variate."""
         self.surrogate = surrogate if self.surrogate is None else self.surrogate + surrogate
 
-    def gradient(self, scalar: Tensor, wrt: Tensor) -> Tensor:
-        return record_call(InputGradient(), scalar, wrt)  # type: ignore[no-any-return]
+    def variable(self, value: Tensor) -> Tensor:
+        return record_call(Variable(), value)  # type: ignore[no-any-return]
+
+    def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
+        return record_call(InputGradient(differentiable), scalar, wrt)  # type: ignore[no-any-return]
+
+
+class Variable:
+    """The value of a tensor as an independent variable; a leaf of the generated code."""
+
+    __name__ = __qualname__ = "variable"
+    __module__ = __name__
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return value.detach().requires_grad_()
 
 
 class InputGradient:
-    """The gradient of a scalar in one tensor, itself differentiable; a leaf of the generated code."""
+    """The gradient of a scalar in one tensor; a leaf of the generated code."""
 
     __name__ = __qualname__ = "input_gradient"
     __module__ = __name__
 
+    def __init__(self, differentiable: bool) -> None:
+        self.differentiable = differentiable
+
     def fake(self, scalar: Tensor, wrt: Tensor) -> Tensor:
-        return wrt * 0.0 + scalar * 0.0  # of the right shape, and differentiable in both
+        found = wrt * 0.0 + scalar * 0.0  # of the right shape, and differentiable in both
+        return found if self.differentiable else found.detach()
 
     def __call__(self, scalar: Tensor, wrt: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(scalar, wrt, create_graph=True, allow_unused=True)
+        if not scalar.requires_grad:
+            return torch.zeros_like(wrt)
+        (found,) = torch.autograd.grad(
+            scalar, wrt, create_graph=self.differentiable, retain_graph=True, allow_unused=True
+        )
         return torch.zeros_like(wrt) if found is None else found
 
 

@@ -126,7 +126,10 @@ class Rerun:
     signal: Tensor
     """Detached credited cost-to-go of each row, ``[R, *dims | *elements]``, in the units of `SiteContext.signal`."""
     surrogate: Tensor | None = None
-    """Of a differentiable rerun: a scalar whose gradient reaches the rows alone, costs and inner sites included."""
+    """Of a differentiable rerun: the sum over all rows and draws, whose gradient reaches the rows alone.
+
+    Costs and the terms of inner sites included: its derivative in each row is that of the row's expected cost-to-go.
+    """
 
 
 class SiteContext(Protocol):
@@ -178,8 +181,11 @@ class SiteContext(Protocol):
     def add(self, surrogate: Tensor) -> None:
         """Adds a scalar (already a mean over draws) to the surrogate, in the units of ``signal``."""
 
-    def gradient(self, scalar: Tensor, wrt: Tensor) -> Tensor:
-        """``d scalar / d wrt`` as a differentiable value of the program.  The shape of ``wrt``"""
+    def variable(self, value: Tensor) -> Tensor:
+        """The value as an independent variable to differentiate by: no gradient leaves it."""
+
+    def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
+        """``d scalar / d wrt`` as a value of the program, itself differentiable if asked.  The shape of ``wrt``"""
 
 
 class ScoreEstimator(Estimator):
