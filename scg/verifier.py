@@ -118,14 +118,6 @@ def _tail_exists(graph: Graph) -> Iterator[Fault]:
         yield None, f"names %{name} as part of the linear tail, but has no such node"
 
 
-def _labels_are_unique(graph: Graph) -> Iterator[Fault]:
-    seen: set[str] = set()
-    for node in graph.of(Cost):
-        if node.label in seen:
-            yield node, f"has the label {node.label!r} of another cost"
-        seen.add(node.label)
-
-
 def _credits_exist(graph: Graph) -> Iterator[Fault]:
     labels = {cost.label for cost in graph.of(Cost)}
     for node in graph.of(Sample):
@@ -152,7 +144,6 @@ _INVARIANTS: tuple[Callable[[Graph], Iterator[Fault]], ...] = (
     _params_have_tensors,
     _depends_on_sites,
     _tail_exists,
-    _labels_are_unique,
     _credits_exist,
     _credited_sites_reach_estimators,
 )

@@ -98,10 +98,6 @@ BROKEN: dict[str, tuple[Callable[[Graph], Graph], str]] = {
         lambda graph: dataclasses.replace(graph, tail=frozenset({"gone"})),
         "the graph names %gone as part of the linear tail, but has no such node",
     ),
-    "labels": (
-        add(Cost(name="c_1", type=F32, value=Ref("p"), label="c")),
-        "%c_1 (cost f32[3]) has the label 'c' of another cost",
-    ),
     "credits": (change("z", credits=("b",)), "%z (sample f32[3], m.py:4) is credited with 'b', which is no cost"),
     "estimators": (
         lambda graph: add(CREDITED)(change("z", credits=("c",))(graph)),
