@@ -98,7 +98,7 @@ class Interpreter:
         """Parameters of the distributions, by node."""
         self.before_transform: dict[str, Batched] = {}
         """Draws of transformed distributions before their transforms, by site."""
-        self.extras: dict[str, Any] = {}
+        self.extras: dict[str, tuple[Batched, ...]] = {}
         """What row-type estimators kept of their draws, by site."""
         self.weights: dict[str, Batched] = {}
         """Probabilities of the rows of enumerated sites, ``[*dims, R | *elements]``, size 1 along joined dims."""
@@ -247,9 +247,11 @@ class Interpreter:
                 after = transform(after)
             return place(after)
         if isinstance(site.estimator, RowEstimator):
-            joined = tuple(dim for dim in self.joined[site.name])
-            drawn = site.estimator.draw_rows(dist, shape, joined)
-            self.extras[site.name] = drawn.extra
+            support = self.supports[site.name]
+            if support is not None:
+                support = record_constant(functools.partial(support.to, site.tensor.device, site.tensor.dtype))
+            drawn = site.estimator.draw_rows(dist, shape, support)
+            self.extras[site.name] = tuple(place(part) for part in drawn.extra)
             if drawn.weight is not None:
                 self.weights[site.name] = place(drawn.weight)
             return place(drawn.value)
@@ -613,7 +615,7 @@ class Context:
         self.dist = interpreter.distribution(site.dist, dims, [1] * len(site.sample_shape))
         self.value = interpreter.dims.align(interpreter.env[site.name], dims)
         self.signal = signal
-        self.extra = interpreter.extras.get(site.name)
+        self.extra = tuple(interpreter.dims.align(part, dims) for part in interpreter.extras.get(site.name, ()))
         kinds = [interpreter.dims[name].kind for name in dims]
         self.iid = tuple(i for i, kind in enumerate(kinds) if kind == "iid")
         self.row_axis = dims.index(site.name) if isinstance(site.estimator, RowEstimator) else None

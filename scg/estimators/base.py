@@ -143,8 +143,8 @@ class SiteContext(Protocol):
     """Of batch shape ``[*dims | *elements]`` up to broadcasting, its parameters with gradient."""
     value: Tensor
     """The draw, detached.  ``[*dims | *elements | *event]``"""
-    extra: Any
-    """What `RowEstimator.draw_rows` kept."""
+    extra: tuple[Tensor, ...]
+    """What `RowEstimator.draw_rows` kept, laid out ``[*dims | …]``."""
     iid: tuple[int, ...]
     """Positions of the i.i.d. sample dims."""
     row_axis: int | None
@@ -212,9 +212,9 @@ class Draw:
     value: Tensor
     """Detached rows.  ``[R, *shape | *B | *E]``"""
     weight: Tensor | None = None
-    """Detached weights in the objective, ``[R, *shape | *B]`` with size 1 along joined elements; None for ``1 / R``."""
-    extra: Any = None
-    """What `ScoreEstimator.term` will want again."""
+    """Detached weights in the objective, ``[R, *shape | *B]``; None for ``1 / R``."""
+    extra: tuple[Tensor, ...] = ()
+    """What `ScoreEstimator.term` will want again, each ``[R, *shape | …]``."""
 
 
 class RowEstimator(ScoreEstimator):
@@ -228,13 +228,13 @@ class RowEstimator(ScoreEstimator):
         """How many outcomes: the size of the site's own sample dim."""
         raise NotImplementedError
 
-    def draw_rows(self, dist: Distribution, shape: torch.Size, joined: tuple[int, ...]) -> Draw:
+    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None) -> Draw:
         """All rows of ``shape`` independent draws.
 
         Args:
             dist: the distribution.
             shape: leading i.i.d. dims.
-            joined: element dims that one cost may see several indices of.
+            support: the finite support of one element ``[S, *event]``, where it is known.
         """
         raise NotImplementedError
 
