@@ -611,7 +611,13 @@ class Context:
         self._of, self._site, self.dims = interpreter, site, dims
         template = interpreter.dist_node(site.dist).template
         support = interpreter.supports.get(site.name)
-        self.site = SiteInfo(site.name, template, site.tensor.shape, site.tensor.event_ndim, support)
+        self.joined = interpreter.joined[site.name]
+        if support is not None:
+            with compile_time():
+                support = support.to(device=site.tensor.device, dtype=site.tensor.dtype)
+        self.site = SiteInfo(
+            site.name, template, site.tensor.shape, site.tensor.event_ndim, support, joined=self.joined
+        )
         self.dist = interpreter.distribution(site.dist, dims, [1] * len(site.sample_shape))
         self.value = interpreter.dims.align(interpreter.env[site.name], dims)
         self.signal = signal
@@ -619,7 +625,6 @@ class Context:
         kinds = [interpreter.dims[name].kind for name in dims]
         self.iid = tuple(i for i, kind in enumerate(kinds) if kind == "iid")
         self.row_axis = dims.index(site.name) if isinstance(site.estimator, RowEstimator) else None
-        self.joined = interpreter.joined[site.name]
         self.state = interpreter.states.get(site.name)
         self.training = interpreter.training and interpreter.learning
         self.surrogate: Tensor | None = None

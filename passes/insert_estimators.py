@@ -21,7 +21,7 @@ from scg.analysis.support import finite_support, moving_bound
 from scg.errors import EstimatorError
 from scg.estimators import ESTIMATORS, Estimator, get_estimator
 from scg.estimators.base import EnumeratingEstimator, SiteInfo
-from scg.estimators.rows import SAMPLES, enumeration_rows, own_dims
+from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, own_dims, rerun_break
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Cost, Depends, Dist, Graph, Input, Node, Param, Sample, TensorType
 
@@ -183,6 +183,8 @@ class _Choice:
             bound=moving_bound(self.graph, dist),
             pathwise_break=self._break(site),
             pathwise_only=self._pathwise_only(site),
+            joined=joined_dims(self.graph, self.found, site),
+            rerun_break=rerun_break(self.graph, site),
         )
 
     def _declared(self, site: Sample) -> bool:

@@ -6,12 +6,21 @@ from typing import Any
 
 from scg.errors import EstimatorError
 from scg.estimators.base import Estimator
+from scg.estimators.decoupled_st import DecoupledST
 from scg.estimators.enumerate_ import Enumerate
+from scg.estimators.gumbel_rao import GumbelRao
+from scg.estimators.gumbel_softmax import GumbelSoftmax
+from scg.estimators.local_expectation import LocalExpectation
 from scg.estimators.lookup import near_miss
+from scg.estimators.reinmax import ReinMax
 from scg.estimators.reparam import Reparam
 from scg.estimators.score_function import ScoreFunction
+from scg.estimators.straight_through import StraightThrough
 
-ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (Reparam, ScoreFunction, Enumerate)}
+_UNBIASED: tuple[type[Estimator], ...] = (Reparam, ScoreFunction, Enumerate, LocalExpectation)
+_RELAXATIONS: tuple[type[Estimator], ...] = (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST)
+
+ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (*_UNBIASED, *_RELAXATIONS)}
 """Name to class. Your own: ``ESTIMATORS["mine"] = Mine``, or pass an instance as ``estimator=``."""
 
 AUTO = "auto"

@@ -13,6 +13,7 @@ The backend dispatches on these four, never on a name.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -58,10 +59,19 @@ class SiteInfo:
     """Why the pathwise derivative is wrong or missing, with the place; None when the path is smooth."""
     pathwise_only: str | None = None
     """Why only pathwise estimators are legal here (an ``rsample`` with both stopped and open paths into one cost)."""
+    joined: tuple[int, ...] = ()
+    """Element dims of which one cost may see several indices."""
+    rerun_break: str | None = None
+    """Why what lies below the site cannot be evaluated at other outcomes, with the place."""
 
     @property
     def family(self) -> str:
         return self.template.family
+
+    @property
+    def flips(self) -> int:
+        """How many elements one cost may see."""
+        return math.prod(self.element_shape[dim] for dim in self.joined)
 
     @property
     def element_shape(self) -> tuple[int, ...]:
@@ -203,6 +213,17 @@ class ScoreEstimator(Estimator):
             averages over i.i.d. dims, weights weighted ones and sums over elements.
         """
         raise NotImplementedError
+
+
+class RerunEstimator(ScoreEstimator):
+    """Score-type, with the costs below the site evaluated at further outcomes."""
+
+    @classmethod
+    def supports(cls, site: SiteInfo) -> Support:
+        """Whether the program below the site can be evaluated at other outcomes."""
+        if site.replayed:
+            return Support(False, "a replayed outcome is one outcome: the world was not seen at any other")
+        return Support(site.rerun_break is None, site.rerun_break or "")
 
 
 @dataclass(frozen=True)

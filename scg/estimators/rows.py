@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from scg.analysis.influence import Influence
-from scg.estimators.base import EnumeratingEstimator, RowEstimator
-from scg.ir import Cost, Graph, Sample
+from scg.estimators.base import EnumeratingEstimator, RowEstimator, ScoreEstimator
+from scg.ir import Cost, Depends, Graph, Opaque, Sample
 
 SAMPLES = "K"
 """Name of the sample dim of ``samples=K``."""
@@ -31,7 +31,24 @@ def joined_dims(graph: Graph, found: Influence, site: Sample) -> tuple[int, ...]
         if node.name == site.name or relation is None:
             continue
         joined |= {dim for dim in range(ndim) if site.tensor.shape[dim] > 1 and not relation.pointlike(dim)}
+    for (name, _), edge in graph.credit.items():  # coarse credit hands an element the costs of others too
+        if name == site.name and isinstance(site.estimator, ScoreEstimator):
+            joined |= {dim for dim, mixed in enumerate(edge.mixed) if mixed and site.tensor.shape[dim] > 1}
     return tuple(sorted(joined))
+
+
+def rerun_break(graph: Graph, site: Sample) -> str | None:
+    """Why the program below ``site`` cannot be evaluated at other outcomes, with the place."""
+    for name in graph.descendants([site.name]):
+        node = graph[name]
+        where = f" ({node.loc})" if node.loc else ""
+        if isinstance(node, Opaque) and not node.pure:
+            return f"below it, {node.fn.__qualname__}{where} is stateful (pure=False) and cannot be called again"
+        if isinstance(node, Sample) and node.value is not None:
+            return f"below it, %{name}{where} is replayed: its outcome would not follow another draw"
+        if isinstance(node, Depends):
+            return f"below it, %{name}{where} declares a value that does not follow another draw"
+    return None
 
 
 def own_dims(site: Sample, samples: int) -> tuple[str, ...]:

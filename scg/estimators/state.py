@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from scg.analysis.influence import influence
+from scg.analysis.influence import Influence, influence
+from scg.analysis.support import finite_support
 from scg.estimators.base import SiteInfo
+from scg.estimators.rows import joined_dims
 from scg.ir import Dist, Graph, Input, Sample
 
 
 def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
     """The state of every site that needs one, made where ``owner`` has none yet."""
     states: dict[str, nn.Module] = {}
+    found: Influence | None = None
     along_batch = _BatchDims(graph)
     for site in graph.of(Sample):
         if site.estimator is None or not site.credits:
@@ -20,7 +23,15 @@ def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
         if key not in owner:
             dist = graph[site.dist]
             assert isinstance(dist, Dist)
-            info = SiteInfo(site.name, dist.template, site.tensor.shape, site.tensor.event_ndim)
+            found = found or influence(graph)
+            info = SiteInfo(
+                site.name,
+                dist.template,
+                site.tensor.shape,
+                site.tensor.event_ndim,
+                support=finite_support(graph, dist),
+                joined=joined_dims(graph, found, site),
+            )
             made = site.estimator.make_state(info, along_batch(site), draws(graph, site))
             if made is None:
                 continue
