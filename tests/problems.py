@@ -386,6 +386,24 @@ def opaque_cost() -> Problem:
     return Problem(_OpaqueCost(), bits=4)
 
 
+class _ReportedCosts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.v = _vector(0.3, -0.2), _vector(0.6, 0.1)
+
+    def forward(self) -> dict[str, Tensor]:
+        q = Bernoulli(logits=self.w)
+        z = q.sample()
+        nll = primitives.cost(-Bernoulli(logits=self.v * z).log_prob(1 - z).sum(-1), "nll")
+        kl = primitives.cost((q.log_prob(z) - Bernoulli(logits=self.v).log_prob(z)).sum(-1), "kl")
+        return {"loss": nll + kl, "nll": 2 * nll, "kl": -kl}
+
+
+def reported_costs() -> Problem:
+    """Named costs that split further, returned beside the loss as well."""
+    return Problem(_ReportedCosts(), bits=2)
+
+
 class _Detached(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -552,6 +570,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
         random_functions,
         not_differentiable,
         opaque_cost,
+        reported_costs,
         detached,
         sampled_mask,
         learned_coefficient,
