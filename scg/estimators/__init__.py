@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from scg.errors import EstimatorError
+from scg.estimators.arm import ARM
+from scg.estimators.arms import ARMS
 from scg.estimators.base import Estimator
 from scg.estimators.decoupled_st import DecoupledST
+from scg.estimators.disarm import DisARM
 from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.gumbel_rao import GumbelRao
 from scg.estimators.gumbel_softmax import GumbelSoftmax
@@ -19,8 +22,9 @@ from scg.estimators.straight_through import StraightThrough
 
 _UNBIASED: tuple[type[Estimator], ...] = (Reparam, ScoreFunction, Enumerate, LocalExpectation)
 _RELAXATIONS: tuple[type[Estimator], ...] = (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST)
+_ANTITHETIC: tuple[type[Estimator], ...] = (DisARM, ARM, ARMS)
 
-ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (*_UNBIASED, *_RELAXATIONS)}
+ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (*_UNBIASED, *_ANTITHETIC, *_RELAXATIONS)}
 """Name to class. Your own: ``ESTIMATORS["mine"] = Mine``, or pass an instance as ``estimator=``."""
 
 AUTO = "auto"
