@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from scg.backends.recorder import record_call
 from scg.errors import LoweringError
 from scg.ir import Op, TensorType
+from scg.operations import lookup
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,13 @@ class Batcher:
             try:
                 out = rule(call)
             except NoRule:
-                out = None
-            if out is not None:
+                pass
+            else:
                 return split_results(out, union) if not isinstance(out, Batched) else out
-        return split_results(self._fallback(op, flat, spec, union), union)
+        out = self._fallback(op, flat, spec, union)
+        if isinstance(out, Tensor) and isinstance(op.type, TensorType):
+            out = out.to(op.type.dtype)  # a mapped operation may keep another precision
+        return split_results(out, union)
 
     def _fallback(self, op: Op, flat: list[Any], spec: Any, union: tuple[str, ...]) -> Any:
         """``vmap`` of the single operation over the flattened sample dims."""
@@ -154,6 +158,10 @@ class Batcher:
         return _map_tensors(lambda t: t.reshape([*sizes, *t.shape[1:]]), out)
 
 
+_WRONG_UNDER_VMAP = {"index_fill", "linspace", "logspace"}
+"""Operations of which torch.vmap gives other values than a loop."""
+
+
 class Mapped:
     """One operation mapped over the first dim of some operands; a leaf of the generated code."""
 
@@ -171,7 +179,7 @@ class Mapped:
         self.__name__ = f"mapped_{getattr(target, '__name__', 'op').split('.')[0]}"
         self.__qualname__ = self.__name__
         self.__module__ = __name__
-        self.looped: bool | None = None
+        self.looped: bool | None = True if packet_name(target) in _WRONG_UNDER_VMAP else None
 
     def _single(self, *tensors: Tensor) -> Any:
         flat = list(self.constants)
@@ -308,13 +316,16 @@ def _rebuild(call: Call, fn: Callable[[Batched], Tensor]) -> tuple[tuple[Any, ..
 
 
 def is_pointwise(target: Callable[..., Any]) -> bool:
+    known = lookup(target)
+    if known is not None and known.kind not in ("pointwise", "choice"):
+        return False
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
 POINTWISE = {
     "binary_cross_entropy_with_logits", "binary_cross_entropy", "mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss",
     "soft_margin_loss", "kl_div", "poisson_nll_loss", "dropout", "alpha_dropout", "bernoulli", "poisson", "normal",
-    "masked_fill", "where", "to", "_to_copy", "type_as", "detach", "clone", "contiguous", "alias", "lift_fresh_copy",
+    "masked_fill", "where", "to", "_to_copy", "detach", "clone", "contiguous", "alias", "lift_fresh_copy",
     "__or__", "__and__", "__xor__", "float", "double", "long", "int", "bool", "half", "binomial", "lerp",
     "nan_to_num", "clamp", "clip", "isclose", "square", "softplus", "celu", "elu", "selu", "gelu", "silu", "mish",
     "hardtanh", "hardsigmoid", "hardswish", "leaky_relu", "log_sigmoid", "logsigmoid", "relu6", "threshold", "polygamma",
@@ -322,19 +333,19 @@ POINTWISE = {
 }  # fmt: skip
 """Elementwise operations beyond those ATen tags as such."""
 
-_SAME_SHAPES = {
-    "binary_cross_entropy_with_logits", "binary_cross_entropy", "mse_loss", "l1_loss", "huber_loss",
-    "smooth_l1_loss", "soft_margin_loss", "kl_div",
+_REDUCTION = {
+    "binary_cross_entropy_with_logits": 4, "binary_cross_entropy": 3, "mse_loss": 2, "l1_loss": 2, "huber_loss": 2,
+    "smooth_l1_loss": 2, "soft_margin_loss": 2, "kl_div": 2, "poisson_nll_loss": 5,
 }  # fmt: skip
-"""Elementwise losses that want equal shapes of both operands, or warn."""
+"""Elementwise losses, which want equal shapes of both operands or warn: position of their reduction argument."""
 
 
 def _pointwise(call: Call) -> Any:
     operands = _operands(call)
     ndim = max(operand.ndim for operand in operands)
     name = packet_name(call.op.target)
-    if name in _SAME_SHAPES:
-        if call.arg(3 if "entropy" in name else 2, "reduction", 0) != 0 and name != "kl_div":
+    if name in _REDUCTION:
+        if call.arg(_REDUCTION[name], "reduction", 1) != 0:
             raise NoRule
         shape = torch.broadcast_shapes(*(operand.shape for operand in operands[:2]))
         full = [*call.sizes, *shape]
@@ -343,9 +354,14 @@ def _pointwise(call: Call) -> Any:
         args, kwargs = _rebuild(call, lambda operand: next(rest))
     else:
         args, kwargs = _rebuild(call, lambda operand: call.tensor(operand, ndim if operand.dims else None))
-    if name == "type_as":
-        return args[0].to(args[1].dtype)
+    if name == "masked_fill" and isinstance(args[2], Tensor):
+        return torch.where(args[1], args[2], args[0])
     return call.invoke(*args, **kwargs)
+
+
+def _type_as(call: Call) -> Any:
+    x: Batched = call.args[0]
+    return Batched(x.tensor.to(call.args[1].tensor.dtype), x.dims)
 
 
 def _negative(dim: int, ndim: int) -> int:
@@ -396,6 +412,14 @@ def _over_all(name: str, x: Batched, kwargs: dict[str, Any]) -> Any:
     raise NoRule
 
 
+def _norm(call: Call) -> Any:
+    x: Batched = call.args[0]
+    dim = call.arg(2, "dim")
+    if dim is None or x.ndim == 0:
+        raise NoRule
+    return _with_dims(call, {2: ("dim", _dims_list(dim, x.ndim))})
+
+
 def _along_dim(position: int, name: str = "dim", default: int | None = None) -> Callable[[Call], Any]:
     """Operations with one ``dim`` argument, counted from the right once sample dims stand in front."""
 
@@ -434,7 +458,9 @@ def _max_min(call: Call) -> Any:
 def _view(call: Call) -> Any:
     """``view``, ``reshape``, ``_unsafe_view``, ``flatten``…: the recorded result shape behind the sample dims."""
     x: Batched = call.args[0]
-    return x.tensor.reshape([*call.sizes, *call.out_shape])
+    if len(call.args) > 1 and isinstance(call.args[1], torch.dtype):
+        return call.invoke(x.tensor, call.args[1])
+    return Batched(x.tensor.reshape([*call.dims.sizes(x.dims), *call.out_shape]), x.dims)
 
 
 def _expand(call: Call) -> Any:
@@ -508,6 +534,13 @@ def _slice(call: Call) -> Any:
     return x.tensor[(*index, *[slice(None)] * (-dim - 1))]
 
 
+def _narrow(call: Call) -> Any:
+    x, dim, start, length = call.args
+    if isinstance(start, Batched):
+        raise NoRule
+    return torch.narrow(x.tensor, _negative(dim, x.ndim), start, length)
+
+
 def _slice_scatter(call: Call) -> Any:
     """``slice_scatter`` and ``select_scatter``: base and source both get every sample dim."""
     base, source = call.args[0], call.args[1]
@@ -518,8 +551,7 @@ def _slice_scatter(call: Call) -> Any:
 
 def _pad(call: Call) -> Any:
     x: Batched = call.args[0]
-    mode = call.arg(2, "mode", "constant")
-    if mode == "constant":
+    if packet_name(call.op.target) == "constant_pad_nd" or call.arg(2, "mode", "constant") == "constant":
         return call.invoke(x.tensor, *call.args[1:], **call.kwargs)
     return _fold(call, x, lambda t: call.invoke(t, *call.args[1:], **call.kwargs))
 
@@ -568,11 +600,13 @@ def _addmm(call: Call) -> Any:
         raise NoRule
     bias, a, b = call.args
     product = _matmul(Call(call.op, call.dims, call.union, (a, b), {}))
-    return product + call.tensor(bias, 2 if bias.dims else None)
+    return product + call.tensor(bias, max(a.ndim, b.ndim) if bias.dims else None)
 
 
 def _dot(call: Call) -> Any:
     a, b = call.args
+    if a.ndim != 1 or b.ndim != 1:
+        raise NoRule
     return torch.sum(call.batched(a) * call.batched(b), -1)
 
 
@@ -612,6 +646,10 @@ def _fold_first(unbatched: int) -> Callable[[Call], Any]:
         return _fold(call, x, lambda t: call.invoke(t, *rest, **kwargs))
 
     return rule
+
+
+def _convolution(call: Call) -> Any:
+    return _fold_first(call.args[1].ndim - 1)(call)
 
 
 def _batch_norm(call: Call) -> Any:
@@ -788,11 +826,6 @@ def _trailing(call: Call) -> Any:
     return call.invoke(*args, **kwargs)
 
 
-def _squeeze_dims(call: Call) -> Any:
-    x: Batched = call.args[0]
-    return x.tensor.reshape([*call.sizes, *call.out_shape])
-
-
 def _repeat(call: Call) -> Any:
     x: Batched = call.args[0]
     sizes = list(call.args[1])
@@ -805,7 +838,8 @@ def _table(names: str, rule: Callable[[Call], Any]) -> dict[str, Callable[[Call]
 
 
 RULES: dict[str, Callable[[Call], Any]] = {
-    **_table("sum mean amax amin logsumexp var std nansum nanmean norm linalg_vector_norm count_nonzero", _reduce),
+    **_table("sum mean amax amin logsumexp var std nansum nanmean count_nonzero", _reduce),
+    **_table("norm linalg_vector_norm", _norm),
     **_table("max min median mode prod all any nanmedian aminmax", _max_min),
     **_table("argmax argmin", _along_dim(1)),
     **_table("softmax log_softmax _softmax _log_softmax cumsum cumprod logcumsumexp cummax cummin", _along_dim(1)),
@@ -816,7 +850,7 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **_table("unfold", _along_dim(1, "dimension")),
     **_table("glu", _along_dim(1, default=-1)),
     **_table("view reshape _unsafe_view flatten unflatten view_as reshape_as _reshape_alias ravel", _view),
-    **_table("squeeze", _squeeze_dims),
+    **_table("squeeze", _view),
     **_table("expand expand_as broadcast_to", _expand),
     **_table("permute", _permute),
     **_table("transpose t numpy_T mT swapaxes swapdims", _transpose),
@@ -826,7 +860,8 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **_table("roll", _roll),
     **_table("cat concat concatenate", _cat),
     **_table("stack", _stack),
-    **_table("slice narrow", _slice),
+    **_table("slice", _slice),
+    **_table("narrow", _narrow),
     **_table("slice_scatter select_scatter", _slice_scatter),
     **_table("pad constant_pad_nd", _pad),
     **_table("linear", _linear),
@@ -838,12 +873,12 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **_table("conv2d max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d conv_transpose2d", _fold_first(3)),
     **_table("upsample_nearest2d upsample_bilinear2d pixel_shuffle max_pool2d_with_indices", _fold_first(3)),
     **_table("conv3d max_pool3d avg_pool3d conv_transpose3d", _fold_first(4)),
-    **_table("convolution", _fold_first(3)),
+    **_table("convolution", _convolution),
     **_table("batch_norm", _batch_norm),
     **_table("layer_norm rms_norm", _norm_affine(0)),
     **_table("group_norm instance_norm", _norm_affine(1)),
     **_table("embedding", _embedding),
-    **_table("gather scatter scatter_add scatter_reduce take_along_dim", _gather),
+    **_table("gather scatter scatter_add scatter_reduce", _gather),
     **_table("index_select", _index_select),
     **_table("index", _index),
     **_table("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty", _factory),
@@ -854,8 +889,8 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **_table("broadcast_tensors", _broadcast_tensors),
     **_table("diagonal", _multi_dim),
     **_table("tril triu cholesky linalg_cholesky linalg_solve_triangular linalg_inv inverse logdet det", _trailing),
-    **_table("linalg_solve cholesky_solve cholesky_inverse linalg_det linalg_slogdet slogdet", _trailing),
-    **_table("diag_embed", _trailing),
+    **_table("cholesky_solve cholesky_inverse linalg_det linalg_slogdet slogdet", _trailing),
+    **_table("type_as", _type_as),
     **_table("repeat", _repeat),
 }
 

@@ -1,0 +1,93 @@
+"""Every operation of the table on values with sample dims equals a loop over the samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims
+from scg.ir import Op, map_refs
+from scg.operations import OPERATIONS, is_impure, is_random
+from tests.analysis.examples import Example, examples
+from tests.analysis.tools import run
+
+DIMS = SampleDims([SampleDim("K", 3, "iid"), SampleDim("r", 2, "enumerated", order=1)])
+
+
+def _choices(names: list[str]) -> Iterator[dict[str, tuple[str, ...]]]:
+    """Which input carries which dims: each alone, all together, and two with different dims."""
+    for name in names:
+        yield {name: ("K",)}
+    if len(names) > 1:
+        yield dict.fromkeys(names, ("K", "r"))
+        yield {names[0]: ("K",), names[1]: ("r",)}
+        yield {names[0]: ("r",), names[1]: ("K",)}
+
+
+def _vary(x: Tensor, dims: tuple[str, ...]) -> Tensor:
+    """``x`` with different values in each row.  # [*dims, *S]"""
+    sizes = DIMS.sizes(dims)
+    rows = []
+    for i in range(torch.Size(sizes).numel()):
+        if x.dtype == torch.bool:
+            rows.append(x ^ (torch.arange(x.numel()).reshape(x.shape) % 3 == i % 3))
+        elif x.is_floating_point():
+            rows.append(x * (1 - 0.07 * i))
+        elif x.numel() > 1:
+            rows.append(x.flatten().roll(i).reshape(x.shape))
+        else:
+            rows.append(x)
+    return torch.stack(rows).reshape(*sizes, *x.shape)
+
+
+def _looped(op: Op, inputs: Mapping[str, Batched], constants: Mapping[str, Tensor], dims: tuple[str, ...]) -> Any:
+    """The operation once a row, stacked."""
+    results = []
+    for index in itertools.product(*(range(size) for size in DIMS.sizes(dims))):
+        at = dict(zip(dims, index, strict=True))
+        row = {name: value.tensor[tuple(at[d] for d in value.dims)] for name, value in inputs.items()}
+        results.append(run(op, {**row, **constants}))
+    stack = lambda *items: torch.stack(items).reshape(*DIMS.sizes(dims), *items[0].shape)  # noqa: E731
+    if isinstance(results[0], Tensor):
+        return stack(*results)
+    return tuple(stack(*items) for items in zip(*results, strict=True) if isinstance(items[0], Tensor))
+
+
+def _unchanging(op: Op) -> bool:
+    """Is the operation a function of its arguments, so that rows can be compared?"""
+    return not is_random(op) and not is_impure(op)
+
+
+def _agree(case: Example, carried: dict[str, tuple[str, ...]]) -> None:
+    inputs = {
+        name: Batched(_vary(x, carried[name]), carried[name]) if name in carried else Batched(x)
+        for name, x in case.inputs.items()
+    }
+    constants = {node.name: case.graph.tensors[node.path] for node in case.graph if node.kind == "param"}  # type: ignore[attr-defined]
+    dims = DIMS.union(*carried.values())
+    wrapped = {**inputs, **{name: Batched(value) for name, value in constants.items()}}
+    args, kwargs = map_refs(wrapped.__getitem__, (tuple(case.op.args), dict(case.op.kwargs)))
+    got = Batcher(DIMS).run(case.op, args, kwargs)
+    want = _looped(case.op, inputs, constants, dims)
+    values = [got] if isinstance(got, Batched) else [item for item in got if isinstance(item, Batched)]
+    for value, expected in zip(values, [want] if isinstance(want, Tensor) else want, strict=True):
+        full = DIMS.align(value, dims, full=True)
+        torch.testing.assert_close(full, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+def test_batched_equals_a_loop(name: str) -> None:
+    for case in examples(name):
+        if not _unchanging(case.op) or name.startswith("empty") or name.startswith("new_empty"):
+            continue
+        for carried in _choices(list(case.inputs)):
+            try:
+                _agree(case, carried)
+            except Exception as error:
+                error.add_note(f"{case.op}  with {carried}")
+                raise
