@@ -189,6 +189,8 @@ class _Walk:
     # -- kinds of holders ------------------------------------------------------------------------------------------
     def _module(self, module: nn.Module, path: str) -> None:
         self.modules[self._free(path, self.modules)] = module
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # its attributes are not Python's
         attributes = vars(module)
         for name in _MODULE_TABLES:
             table = attributes[name]

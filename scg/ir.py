@@ -80,9 +80,10 @@ def map_refs(fn: Callable[[Ref], Any], tree: Any) -> Any:
     if isinstance(tree, Ref):
         return fn(tree)
     if isinstance(tree, (tuple, list)):
-        return type(tree)(map_refs(fn, item) for item in tree)
+        items = [map_refs(fn, item) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)  # a named tuple takes them apart
     if isinstance(tree, dict):
-        return {key: map_refs(fn, item) for key, item in tree.items()}
+        return type(tree)((key, map_refs(fn, item)) for key, item in tree.items())
     if isinstance(tree, slice):
         return slice(map_refs(fn, tree.start), map_refs(fn, tree.stop), map_refs(fn, tree.step))
     return tree

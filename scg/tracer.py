@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.autograd.function import Function, _SingleLevelFunction
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import disable_autocast_cache
 from torch.utils import _pytree as pytree
 
@@ -64,6 +65,9 @@ def trace(
 def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], in_parts: bool) -> Graph:
     """One recording; ``in_parts``: of a model that takes gradients inside, see `OperationMode`."""
     found = captured(model)
+    for path, module in found.modules.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(f"{path or 'the model'} is a TorchScript module: use the Python module it was made from.")
     recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=True), found)
     with _lock, restored(found) as changes, _recording(recorder, in_parts):
         fake_args, fake_kwargs = _fake_arguments(recorder, model, args, kwargs)
@@ -71,6 +75,7 @@ def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             with recorder:
                 result = model(*fake_args, **fake_kwargs)
                 _keep_state(recorder, found, changes())
+                _check_outputs(result)
                 outputs = pytree.tree_map_only(Tensor, recorder.lift, result)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise TraceError(_data_dependent(error)) from error
@@ -100,6 +105,7 @@ def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 def _recording(recorder: Recorder, in_parts: bool) -> Iterator[None]:
     """Everything that has to be in place while the user's function runs; nothing of it stays."""
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # parts under torch.compile run as they are
         stack.enter_context(recorder.fake_mode)
         stack.enter_context(torch.enable_grad())  # a first call in evaluation must not mark every node as data
         stack.enter_context(enable_python_dispatcher())
@@ -192,6 +198,17 @@ def _argument_paths(model: Callable[..., Any], args: tuple[Any, ...], kwargs: di
             names_of_keys[0] = names[index] if index < len(names) else f"arg_{index}"
         paths.append(".".join(names_of_keys))
     return paths
+
+
+def _check_outputs(outputs: Any) -> None:
+    """Refuses objects that hold tensors where no graph output can stand."""
+    for leaf in pytree.tree_leaves(outputs):
+        attributes = getattr(leaf, "__dict__", {}).values() if not isinstance(leaf, Tensor) else ()
+        if isinstance(leaf, Distribution) or any(isinstance(value, Tensor) for value in attributes):
+            raise TraceError(
+                f"the model returned a {type(leaf).__name__}, which holds tensors: return the tensors themselves, in "
+                "tuples, lists or dicts."
+            )
 
 
 def _objective(outputs: Any) -> Tensor:

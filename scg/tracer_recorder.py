@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import Function
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
@@ -314,6 +315,11 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _FORBIDDEN:
             return self._refuse(func, *args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            raise TraceError(
+                f"{user_loc()}: torch.{func.name()} is not captured: compute both branches and use torch.where, or "
+                "write the loop in Python."
+            )
         if torch._C._functorch.maybe_current_level() is not None:
             raise TraceError(f"{user_loc()}: torch.func transforms (vmap, grad, jvp) are not captured.")
         args, kwargs = map_tensors(self.lift, args), map_tensors(self.lift, kwargs)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -734,6 +735,10 @@ def refused_new_tensor(x: Tensor) -> Tensor:
     return W.sum() * torch.tensor([z[0], z[1]]).sum()
 
 
+def refused_cond(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda a: a * W, lambda a: a - W, (x,)).sum()
+
+
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "if": (refused_if, "torch.where"),
     "while": (refused_while, "torch.where"),
@@ -747,6 +752,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "mask": (refused_mask, "torch.where"),
     "nonzero": (refused_nonzero, "torch.where"),
     "vmap": (refused_vmap, "torch.func"),
+    "cond": (refused_cond, "torch.where"),
     "hook": (refused_hook, "hook"),
     "backward": (refused_backward, "autograd.grad"),
     "no_grad_write": (refused_write, "no_grad"),
@@ -770,6 +776,37 @@ def test_objectives(result: Callable[[Tensor], Any]) -> None:
     w = weight(3)
     with pytest.raises(TraceError, match="objective"):
         trace(lambda: result(w))
+
+
+def test_outputs_that_hold_tensors() -> None:
+    w = weight(3)
+    with pytest.raises(TraceError, match="returned a Normal, which holds tensors"):
+        trace(lambda: (w.sum(), Normal(w, 1.0)))
+
+
+class Pair(NamedTuple):
+    loss: Tensor
+    rest: Tensor
+
+
+def test_named_tuples_and_ordered_dicts() -> None:
+    w = weight(3)
+    assert type(check(lambda: Pair(w.sum(), w)).outputs) is Pair
+    assert type(check(lambda: OrderedDict(loss=w.sum(), rest=w)).outputs) is OrderedDict
+
+
+def test_parts_under_torch_compile_run_as_they_are() -> None:
+    net = torch.compile(nn.Linear(3, 3), backend="eager")
+    graph = trace(lambda x: net(x).mean(), (torch.ones(2, 3),))  # not run: torch.compile turns argument checks off
+    assert [node.op_name for node in graph.of(ir.Op)] == ["linear", "mean"]
+
+
+def test_script_modules_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        net = torch.jit.script(nn.Linear(3, 3))
+    with pytest.raises(TraceError, match="net is a TorchScript module"):
+        trace(lambda: net(torch.ones(2, 3)).mean())
 
 
 def test_literals_may_be_read() -> None:
