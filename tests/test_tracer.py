@@ -797,7 +797,7 @@ def test_named_tuples_and_ordered_dicts() -> None:
 
 def test_parts_under_torch_compile_run_as_they_are() -> None:
     net = torch.compile(nn.Linear(3, 3), backend="eager")
-    graph = trace(lambda x: net(x).mean(), (torch.ones(2, 3),))  # not run: torch.compile turns argument checks off
+    graph = trace(lambda x: net(x).mean(), (torch.ones(2, 3),))
     assert [node.op_name for node in graph.of(ir.Op)] == ["linear", "mean"]
 
 
@@ -887,7 +887,7 @@ def test_two_threads() -> None:
         try:
             while not checked.is_set():
                 with pytest.raises(ValueError, match="scale"):
-                    Normal(0.0, -1.0)
+                    Normal(0.0, -1.0, validate_args=True)  # torch.compile turns the default off
                 assert type(Straight.apply(torch.ones(2), 1.0)) is Tensor  # type: ignore[no-untyped-call]
         except BaseException as error:
             errors.append(error)
