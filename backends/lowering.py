@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, TransformedDistribution
+from torch.distributions import Distribution, OneHotCategorical, TransformedDistribution
 from torch.distributions.constraints import Constraint
 
 from scg.analysis.influence import Influence, Relation
@@ -88,9 +88,7 @@ class Interpreter:
         enumerated = [s for s in graph.of(Sample) if isinstance(s.estimator, EnumeratingEstimator)]
         scored = [s for s in graph.of(Sample) if isinstance(s.estimator, ScoreEstimator)]
         self.joined = {site.name: joined_dims(graph, found, site) for site in (*enumerated, *scored)}
-        self.supports = {
-            site.name: finite_support(graph, self.dist_node(site.dist)) for site in (*enumerated, *scored)
-        }
+        self.supports = {site.name: finite_support(graph, self.dist_node(site.dist)) for site in (*enumerated, *scored)}
         self.dims = SampleDims(self._sample_dims())
         self.batcher = Batcher(self.dims)
         self.env: dict[str, Any] = {}
@@ -134,8 +132,9 @@ class Interpreter:
         graph = self.graph
         effects = [node.name for node in graph if _has_effect(node)]
         wanted = graph.ancestors([graph.objective, *_output_refs(graph), *effects])
+        shown = graph.ancestors(ref for ref in _output_refs(graph) if ref != graph.objective)
         for node in graph:
-            if node.name in wanted and node.name not in graph.tail:
+            if node.name in wanted and not _is_write(node) and (node.name not in graph.tail or node.name in shown):
                 with named(node.name):
                     self._evaluate(node)
         objective = self._objective(named)
@@ -144,7 +143,11 @@ class Interpreter:
             if total is not None:
                 objective = objective + (total - total.detach())
             objective = self._guard(objective)
-        return self._outputs(objective, named)
+        outputs = self._outputs(objective, named)
+        for node in graph:  # last: everything else reads the buffers as they were
+            if node.name in effects and _is_write(node):
+                self._evaluate(node)
+        return outputs
 
     def _evaluate(self, node: Node) -> None:
         match node:
@@ -162,7 +165,10 @@ class Interpreter:
             case Sample():
                 self.env[node.name] = self._draw(node)
             case LogProb():
-                self.env[node.name] = self._log_prob(node.dist, self.env[node.value], node.value)
+                source = self.graph[node.value]
+                own = isinstance(source, Sample) and source.dist == node.dist
+                stop = own and isinstance(source.estimator, PathwiseEstimator) and source.estimator.stops_score
+                self.env[node.name] = self._log_prob(node.dist, self.env[node.value], node.value, stop=stop)
             case Opaque():
                 self.env[node.name] = self._opaque(node)
             case Cost() | Depends():
@@ -197,20 +203,25 @@ class Interpreter:
     def _param_dims(self, ref: str) -> tuple[str, ...]:
         return self.dims.union(*(param.dims for param in self.params[ref]))
 
-    def _log_prob(self, ref: str, value: Batched, source: str) -> Batched:
-        """``[*dims | *B]`` for the union of the parameters' and the value's dims."""
+    def _log_prob(self, ref: str, value: Batched, source: str, *, stop: bool = False) -> Batched:
+        """``[*dims | *B]`` for the union of the parameters' and the value's dims; ``stop`` detaches the parameters."""
         template = self.dist_node(ref).template
         rank = len(template.batch_shape) + len(template.event_shape)
         dims = self.dims.union(self._param_dims(ref), value.dims)
         extra = [1] * max(value.ndim - rank, 0)
+        params = [_detach(param) for param in self.params[ref]] if stop else None
         if self._param_dims(ref):
-            dist = self.distribution(ref, dims, extra)
+            dist = self.distribution(ref, dims, extra, params)
         else:
-            dist = self.distribution(ref, (), extra if not dims else ())
+            dist = self.distribution(ref, (), extra if not dims else (), params)
         outcome = self.dims.align(value, dims, max(rank, value.ndim) if value.dims else None)
         plain = self.before_transform.get(source)
         if plain is not None and self._site(source).dist == ref:
             return Batched(_log_prob_before(dist, self.dims.align(plain, dims)), dims)
+        if isinstance(dist, OneHotCategorical) and outcome.requires_grad:  # relaxed: not the gather of its argmax
+            logits: Tensor = dist.logits
+            limits = torch.finfo(logits.dtype)  # an impossible category: 0 * -inf
+            return Batched((outcome * logits.clamp(limits.min)).sum(-1), dims)
         return Batched(dist.log_prob(outcome), dims)
 
     # -- draws ----------------------------------------------------------------------------------------------------
@@ -654,6 +665,15 @@ class Context:
     def variable(self, value: Tensor) -> Tensor:
         return record_call(Variable(), value)  # type: ignore[no-any-return]
 
+    def read(self, names: tuple[str, ...] | None) -> list[Tensor]:
+        found = []
+        for node in self._of.graph:
+            wanted = isinstance(node, Input) if names is None else bool({node.name, getattr(node, "path", "")} & {*names})
+            if wanted:
+                value: Batched = self._of.env[node.name]
+                found.append(self._of.dims.align(value, self.dims).detach())
+        return found
+
     def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
         return record_call(InputGradient(differentiable), scalar, wrt)  # type: ignore[no-any-return]
 
@@ -755,7 +775,12 @@ def _may_be_impossible(node: Dist) -> bool:
 def _has_effect(node: Node) -> bool:
     if isinstance(node, Opaque):
         return not node.pure
-    return isinstance(node, Op) and is_impure(node)
+    return isinstance(node, Op) and (is_impure(node) or _is_write(node))
+
+
+def _is_write(node: Node) -> bool:
+    """The final copy into a buffer that `functionalize` leaves."""
+    return isinstance(node, Op) and node.target is torch.ops.aten.copy_.default
 
 
 def _output_refs(graph: Graph) -> list[Ref]:

@@ -23,7 +23,8 @@ from scg.estimators import ESTIMATORS, Estimator, get_estimator
 from scg.estimators.base import EnumeratingEstimator, SiteInfo
 from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, own_dims, rerun_break
 from scg.estimators.score_function import ScoreFunction
-from scg.ir import Cost, Depends, Dist, Graph, Input, Node, Param, Sample, TensorType
+from scg.ir import Cost, Depends, Dist, Graph, Input, LogProb, Node, Op, Param, Sample, TensorType
+from scg.operations import is_linear
 
 AUTO_ROWS = 32
 """Most rows that ``auto`` enumerates at any node: beyond, draws are cheaper."""
@@ -91,6 +92,7 @@ class _Choice:
                     f"unbiased and fitting: {', '.join(self._fitting(info, unbiased=True))}"
                 )
             self._check_draws(site, explicit)
+            self._check_reads(site, explicit)
             return self._set(site, explicit, f"asked for by {source}")
         if not credited:
             return self._set(site, None, "influences no cost")
@@ -145,6 +147,34 @@ class _Choice:
                 f"scg.compile or to the estimator, or use baseline='moving_average'"
             )
 
+    def _check_reads(self, site: Sample, estimator: Estimator) -> None:
+        """A baseline must not see a consequence of its site."""
+        names = estimator.reads()
+        inputs = {node.path: node.name for node in self.graph.of(Input)}
+        wanted = list(inputs.values()) if names is None else [inputs.get(name, name) for name in names]
+        above = self.graph.ancestors([site.dist])
+        for name in wanted:
+            if name not in self.graph.nodes:
+                raise EstimatorError(
+                    f"%{site.name} ({site.loc}): its baseline reads {name!r}, which is no value of the graph"
+                )
+            if site.value is not None and name not in above:
+                raise EstimatorError(
+                    f"%{site.name} ({site.loc}) is replayed: its baseline may read what its parameters are computed from, "
+                    f"but %{name} is not, and may be a consequence of the outcome; name the inputs it may read with "
+                    f"Learned(module, inputs=(…))"
+                )
+            if self.found.sites(name) and site.name in self.found.sites(name):
+                raise EstimatorError(
+                    f"%{site.name} ({site.loc}): its baseline reads %{name}, which depends on the draw "
+                    f"({' -> '.join(self._path(site.name, name))})"
+                )
+
+    def _path(self, source: str, target: str) -> list[str]:
+        import networkx
+
+        return [f"%{name}" for name in networkx.shortest_path(self.graph.to_networkx(), source, target)]
+
     def _learns(self, site: Sample) -> bool:
         """Does any tensor upstream of the site's parameters ask for a gradient?"""
         above = self.graph.ancestors(self.graph[site.dist].inputs)
@@ -182,6 +212,7 @@ class _Choice:
             replayed=site.value is not None or self._declared(site),
             bound=moving_bound(self.graph, dist),
             pathwise_break=self._break(site),
+            score_break=self._score_break(site),
             pathwise_only=self._pathwise_only(site),
             joined=joined_dims(self.graph, self.found, site),
             rerun_break=rerun_break(self.graph, site),
@@ -191,9 +222,26 @@ class _Choice:
         return any(node.on == site.name for node in self.graph.of(Depends))
 
     def _break(self, site: Sample) -> str | None:
-        for name, cost in self.graph.credit:
-            if name == site.name and (found := self.smooth.break_between(site.name, cost)):
-                return f"its path to {self.graph[cost].label} is broken at {found.loc or '%' + found.node}: {found.why}"  # type: ignore[attr-defined]
+        costs = [cost for name, cost in self.graph.credit if name == site.name]
+        above = self.graph.ancestors(costs)
+        ends = [(self.graph[cost].label, cost) for cost in costs]  # type: ignore[attr-defined]
+        ends += [(f"%{inner.name}", inner.dist) for inner in self.graph.of(Sample) if inner.name in above]
+        for label, end in ends:
+            if found := self.smooth.break_between(site.name, end):
+                return f"its path to {label} is broken at {found.loc or '%' + found.node}: {found.why}"
+        return None
+
+    def _score_break(self, site: Sample) -> str | None:
+        """Where the site's own log density leaves the sums that lead to the credited costs, if anywhere."""
+        above = self.graph.ancestors(cost for name, cost in self.graph.credit if name == site.name)
+        found = {p.name for p in self.graph.of(LogProb) if p.dist == site.dist and p.value == site.name}
+        for node in self.graph:
+            if node.name not in above or not found.intersection(node.inputs) or isinstance(node, Cost):
+                continue
+            moving = [ref for ref in node.inputs if self.found.relation(ref, site.name) is not None]
+            if not isinstance(node, Op) or not is_linear(node, moving):
+                return f"{node.loc or '%' + node.name}"
+            found.add(node.name)
         return None
 
     def _pathwise_only(self, site: Sample) -> str | None:

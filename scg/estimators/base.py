@@ -57,6 +57,8 @@ class SiteInfo:
     """Parameter that moves the support's bounds and asks for a gradient, as in ``Uniform(0, theta)``."""
     pathwise_break: str | None = None
     """Why the pathwise derivative is wrong or missing, with the place; None when the path is smooth."""
+    score_break: str | None = None
+    """Where the site's own log density meets more than sums on its way to the costs; None for nowhere."""
     pathwise_only: str | None = None
     """Why only pathwise estimators are legal here (an ``rsample`` with both stopped and open paths into one cost)."""
     joined: tuple[int, ...] = ()
@@ -110,6 +112,10 @@ class Estimator:
         """How many rows of downstream costs one draw of the program needs for this site."""
         return self.samples or 1
 
+    def reads(self) -> tuple[str, ...] | None:
+        """Names of graph values that learned parts read; None for all tensor inputs of the model."""
+        return ()
+
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...], draws: int) -> nn.Module | None:
         """Learned or running parts, owned by the compiled module; None for an estimator without state.
 
@@ -123,6 +129,11 @@ class Estimator:
 
 class PathwiseEstimator(Estimator):
     """The draw carries the derivative."""
+
+    @property
+    def stops_score(self) -> bool:
+        """Whether the site's own log density, where it stands in the costs, is differentiated by the draw alone."""
+        return False
 
     def draw(self, dist: Distribution, shape: torch.Size) -> Tensor:
         """Draws, differentiable in the parameters.  ``[*shape | *B | *E]``"""
@@ -193,6 +204,9 @@ class SiteContext(Protocol):
 
     def variable(self, value: Tensor) -> Tensor:
         """The value as an independent variable to differentiate by: no gradient leaves it."""
+
+    def read(self, names: tuple[str, ...] | None) -> list[Tensor]:
+        """Detached values of the named nodes or inputs, ``[*dims | *S]`` where they carry dims; None: all inputs."""
 
     def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
         """``d scalar / d wrt`` as a value of the program, itself differentiable if asked.  The shape of ``wrt``"""

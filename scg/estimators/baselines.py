@@ -131,5 +131,33 @@ class RunningMean(nn.Module):
         self.weight.mul_(self.decay).add_(1 - self.decay)
 
 
+@dataclass(frozen=True)
+class Learned(Baseline):
+    r"""A module's prediction of the signal, fitted by least squares in the same ``backward()`` (NVIL, Mnih and Gregor 2014).
+
+    Its parameters get the gradient of :math:`(Q - b)^2` and nothing else; the model's parameters get none through it.
+
+    Args:
+        module: maps the values it reads to ``[*elements]``, or to ``[*elements, 1]``.
+        inputs: names of graph values it reads, which must not depend on the site; None for all tensor inputs.
+    """
+
+    module: nn.Module
+    inputs: tuple[str, ...] | None = None
+
+    name: ClassVar[str] = "learned"
+
+    def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...]) -> nn.Module:
+        return self.module
+
+    def value(self, context: SiteContext) -> Tensor:
+        predicted: Tensor = context.state(*context.read(self.inputs))
+        elements = len(context.site.element_shape)
+        if predicted.shape[-1:] == (1,) and predicted.dim() > elements:
+            predicted = predicted.squeeze(-1)
+        context.add(((context.signal - predicted) ** 2).mean())
+        return predicted.detach()
+
+
 BASELINES: dict[str, type[Baseline]] = {b.name: b for b in (NoBaseline, MovingAverage, LeaveOneOut)}
 """Name to class of the built-in baselines."""

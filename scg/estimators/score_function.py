@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from scg.estimators.base import YES, ScoreEstimator, SiteContext, SiteInfo, Support
-from scg.estimators.baselines import BASELINES, Baseline, LeaveOneOut, MovingAverage, NoBaseline
+from scg.estimators.baselines import BASELINES, Baseline, LeaveOneOut, Learned, MovingAverage, NoBaseline
 from scg.estimators.lookup import near_miss
 
 AUTO = "auto"
@@ -27,7 +27,7 @@ class ScoreFunction(ScoreEstimator):
     Args:
         baseline: ``None``, ``"moving_average"``, ``"leave_one_out"`` (needs two or more i.i.d. draws), ``"auto"``
             (leave-one-out where there are draws enough, else a moving average), a `Baseline` object, or an
-            ``nn.Module`` of no arguments that does not read a descendant of the site.
+            ``nn.Module`` of the model's tensor inputs (see `Learned`).
     """
 
     baseline: Any = AUTO
@@ -57,10 +57,14 @@ class ScoreFunction(ScoreEstimator):
         if isinstance(self.baseline, Baseline):
             return self.baseline
         if isinstance(self.baseline, nn.Module):
-            return ModuleBaseline(self.baseline)
+            return Learned(self.baseline)
         if self.baseline == AUTO:
             return LeaveOneOut() if draws >= 2 else MovingAverage()
         return BASELINES[self.baseline]()
+
+    def reads(self) -> tuple[str, ...] | None:
+        baseline = self.resolve(self.samples or 1)
+        return baseline.inputs if isinstance(baseline, Learned) else ()
 
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...], draws: int) -> nn.Module | None:
         return self.resolve(draws).make_state(site, batch_dims)
@@ -68,20 +72,3 @@ class ScoreFunction(ScoreEstimator):
     def term(self, context: SiteContext) -> Tensor:
         draws = math.prod(context.signal.shape[axis] for axis in context.iid)
         return context.score_times(self.resolve(draws).advantage(context))
-
-
-@dataclass(frozen=True)
-class ModuleBaseline(Baseline):
-    """A user's ``nn.Module`` called without arguments; fitted to the signal by least squares in the same backward."""
-
-    module: nn.Module
-
-    name: ClassVar[str] = "module"
-
-    def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...]) -> nn.Module:
-        return self.module
-
-    def value(self, context: SiteContext) -> Tensor:
-        value = context.state()
-        assert isinstance(value, Tensor)
-        return value.detach()
