@@ -165,9 +165,7 @@ class Interpreter:
             case Sample():
                 self.env[node.name] = self._draw(node)
             case LogProb():
-                source = self.graph[node.value]
-                own = isinstance(source, Sample) and source.dist == node.dist
-                stop = own and isinstance(source.estimator, PathwiseEstimator) and source.estimator.stops_score
+                stop = self._stops_score(node)
                 self.env[node.name] = self._log_prob(node.dist, self.env[node.value], node.value, stop=stop)
             case Opaque():
                 self.env[node.name] = self._opaque(node)
@@ -223,6 +221,12 @@ class Interpreter:
             limits = torch.finfo(logits.dtype)  # an impossible category: 0 * -inf
             return Batched((outcome * logits.clamp(limits.min)).sum(-1), dims)
         return Batched(dist.log_prob(outcome), dims)
+
+    def _stops_score(self, node: LogProb) -> bool:
+        source = self.graph[node.value]
+        if not isinstance(source, Sample) or source.dist != node.dist:
+            return False
+        return isinstance(source.estimator, PathwiseEstimator) and source.estimator.stops_score
 
     # -- draws ----------------------------------------------------------------------------------------------------
     def _draw(self, site: Sample) -> Batched:

@@ -83,6 +83,12 @@ class Template:
     state: Any = field(default=None, repr=False)
     """Nested constants and slots, for `rebuild`."""
 
+    @property
+    def component(self) -> type[Distribution] | None:
+        """Of a ``MixtureSameFamily``: the class of its components."""
+        found = dict(self.state.state).get("_component_distribution")
+        return None if found is None else found.cls
+
     def rebuild(
         self, params: Sequence[Tensor], prefix: Sequence[int] = (), carries: Sequence[bool] | None = None
     ) -> Distribution:

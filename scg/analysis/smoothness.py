@@ -239,8 +239,11 @@ def _is_continuous(template: Template) -> bool:
     while template.base is not None:
         template = template.base
         family = template.cls
-    support = getattr(family, "support", None)
-    discrete = getattr(support, "is_discrete", None)
+    support = getattr(template.component or family, "support", None)
+    try:
+        discrete = getattr(support, "is_discrete", None)
+    except NotImplementedError:  # it depends on the instance
+        discrete = None
     if isinstance(discrete, bool):
         return not discrete
     return family.__name__ not in ("Binomial", "Multinomial", "Categorical", "OneHotCategorical")

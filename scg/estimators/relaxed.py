@@ -82,7 +82,7 @@ class _Binary:
     """Logistic noise on the logit of a Bernoulli."""
 
     def sample(self, logits: Tensor, shape: torch.Size) -> Tensor:
-        return Bernoulli(logits=logits, validate_args=False).sample(shape)
+        return outcomes(Bernoulli(logits=logits, validate_args=False), shape)
 
     def perturb(self, logits: Tensor, shape: torch.Size) -> Tensor:
         return logits + _logistic(logits, shape)
@@ -106,7 +106,7 @@ class _OneHot:
     """Gumbel noise on the logits of a one-hot categorical."""
 
     def sample(self, logits: Tensor, shape: torch.Size) -> Tensor:
-        index = Categorical(logits=logits, validate_args=False).sample(shape)
+        index = outcomes(Categorical(logits=logits, validate_args=False), shape)
         return F.one_hot(index, logits.shape[-1]).to(logits.dtype)
 
     def perturb(self, logits: Tensor, shape: torch.Size) -> Tensor:
