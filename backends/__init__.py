@@ -1,0 +1,1 @@
+"""Where a graph goes: a flat PyTorch program, pictures, pages."""
