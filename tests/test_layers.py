@@ -18,7 +18,7 @@ LAYERS = (
     {"estimators"},
     {"passes"},
     {"backends", "report"},
-    {"primitives", "capture", "tracer", "tracer_frames", "tracer_graph", "tracer_operations", "tracer_recorder"},
+    {"primitives", "capture", "holder", "tracer"},
     {"exact"},
     {"pipeline", "diagnostics"},
 )
