@@ -15,16 +15,24 @@ from scg.estimators.gumbel_rao import GumbelRao
 from scg.estimators.gumbel_softmax import GumbelSoftmax
 from scg.estimators.local_expectation import LocalExpectation
 from scg.estimators.lookup import near_miss
+from scg.estimators.measure_valued import MeasureValued
 from scg.estimators.reinmax import ReinMax
 from scg.estimators.reparam import Reparam
 from scg.estimators.score_function import ScoreFunction
 from scg.estimators.straight_through import StraightThrough
+from scg.estimators.sum_and_sample import SumAndSample
+from scg.estimators.unordered_set import UnorderedSet
+from scg.estimators.without_replacement import WithoutReplacement
 
-_UNBIASED: tuple[type[Estimator], ...] = (Reparam, ScoreFunction, Enumerate, LocalExpectation)
+_UNBIASED: tuple[type[Estimator], ...] = (Reparam, ScoreFunction, Enumerate)
+_SINGLE_CHANGES: tuple[type[Estimator], ...] = (LocalExpectation, MeasureValued)
 _RELAXATIONS: tuple[type[Estimator], ...] = (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST)
 _ANTITHETIC: tuple[type[Estimator], ...] = (DisARM, ARM, ARMS)
+_SUBSETS: tuple[type[Estimator], ...] = (UnorderedSet, WithoutReplacement, SumAndSample)
 
-ESTIMATORS: dict[str, type[Estimator]] = {e.name: e for e in (*_UNBIASED, *_ANTITHETIC, *_RELAXATIONS)}
+ESTIMATORS: dict[str, type[Estimator]] = {
+    e.name: e for e in (*_UNBIASED, *_SINGLE_CHANGES, *_ANTITHETIC, *_SUBSETS, *_RELAXATIONS)
+}
 """Name to class. Your own: ``ESTIMATORS["mine"] = Mine``, or pass an instance as ``estimator=``."""
 
 AUTO = "auto"

@@ -112,6 +112,11 @@ class Estimator:
         """How many rows of downstream costs one draw of the program needs for this site."""
         return self.samples or 1
 
+    @property
+    def learned(self) -> bool:
+        """Whether it brings parameters of its own."""
+        return False
+
     def reads(self) -> tuple[str, ...] | None:
         """Names of graph values that learned parts read; None for all tensor inputs of the model."""
         return ()
@@ -235,6 +240,8 @@ class RerunEstimator(ScoreEstimator):
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:
         """Whether the program below the site can be evaluated at other outcomes."""
+        if site.pathwise_only:
+            return Support(False, site.pathwise_only)
         if site.replayed:
             return Support(False, "a replayed outcome is one outcome: the world was not seen at any other")
         return Support(site.rerun_break is None, site.rerun_break or "")
