@@ -15,6 +15,7 @@ the same relations to all inputs of a node are handled as one, so that a chain o
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -525,24 +526,19 @@ def _refuse_writes(node: Op) -> None:
 
 
 _FOLD_LIMIT = 1 << 20
+"""Elements of the largest constant that is computed."""
 
 
 def _fold(graph: Graph | None, node: Node, constants: Mapping[str, Any]) -> Any:
     """The value of ``node`` if nothing but constants goes into it."""
-    if isinstance(node, Param):
-        known = graph is not None and node.role == "constant" and node.path in graph.tensors
-        return graph.tensors[node.path].detach().cpu() if known and graph is not None else None
-    if not isinstance(node, Op) or not isinstance(node.type, TensorType):
-        return None
-    if node.type.dtype.is_complex or any(size < 0 for size in node.type.shape):
+    if isinstance(node, Param) and graph is not None and node.role == "constant" and node.path in graph.tensors:
+        return graph.tensors[node.path].detach().cpu()
+    if not isinstance(node, Op) or not isinstance(node.type, TensorType) or node.type.dtype.is_complex:
         return None
     op = lookup(node.target)
     if op is None or is_random(node) or is_impure(node) or node.op_name.startswith(("empty", "new_empty")):
         return None
-    size = 1
-    for n in node.type.shape:
-        size *= n
-    if size > _FOLD_LIMIT or not (op.kind == "nothing" or node.inputs):
+    if math.prod(node.type.shape) > _FOLD_LIMIT or not (op.kind == "nothing" or node.inputs):
         return None
     shaped = op.kind == "nothing" and graph is not None
 

@@ -79,7 +79,7 @@ class Straight(torch.autograd.Function):
         return grad
 
 
-straight: Callable[[Tensor], Tensor] = Straight.apply  # type: ignore[assignment]
+straight: Callable[[Tensor], Tensor] = Straight.apply
 
 
 def test_a_custom_backward_is_the_users_instruction_for_rsample_only() -> None:
