@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -91,8 +91,10 @@ class Call:
 
 
 # -- helpers on depths --------------------------------------------------------------------------------------------
-def nothing(shape: Sequence[int]) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device="cpu").expand(tuple(shape))
+@cache
+def nothing(shape: Shape) -> Tensor:
+    """The depth tensor of a value that reads nothing; kept, as rules never write."""
+    return torch.zeros((), dtype=torch.float64, device="cpu").expand(shape)
 
 
 def tight(x: Tensor) -> Tensor:

@@ -327,9 +327,9 @@ def chain(length: int) -> Graph:
 def test_a_chain_of_200_sites_takes_under_two_seconds() -> None:
     graph = chain(200)
     influence(chain(5))
-    start = time.perf_counter()
+    start = time.process_time()
     found = influence(graph)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     relation = found.relation("all", "z3")
     assert relation is not None and relation.empty[:3].all() and not relation.empty[3:].any()
     assert found.sites("l150") == {f"z{t}" for t in range(151)}
