@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class Call:
 
 
 # -- helpers on depths --------------------------------------------------------------------------------------------
-@cache
+@lru_cache(maxsize=1024)
 def nothing(shape: Shape) -> Tensor:
     """The depth tensor of a value that reads nothing; kept, as rules never write."""
     return torch.zeros((), dtype=torch.float64, device="cpu").expand(shape)

@@ -142,6 +142,8 @@ def _through(node: Node, into: _Flow, flows: Mapping[str, _Flow], own: int, path
             else:
                 after = _Flow(passed=params.passed | params.stoppable | own, stopped=params.stopped)
             return value | after | _Flow(direct=own)
+        case Op() if (entry := lookup(node.target)) is not None and entry.kind == "nothing":
+            return _Flow()  # it reads shapes only
         case Op() if _stops(node):
             kept = into.direct & ~pathwise
             return _Flow(kept, kept, 0, into.passed, into.stopped | into.stoppable)
