@@ -69,8 +69,8 @@ class CoefficientRule:
             for node in self.tail:
                 args, kwargs = map_refs(env.__getitem__, (tuple(node.args), dict(node.kwargs)))
                 env[node.name] = node.target(*args, **kwargs)
-            objective = env[self.graph.objective]
-            if not objective.requires_grad:
+            objective = env.get(self.graph.objective)
+            if objective is None or not objective.requires_grad:
                 return tuple(torch.zeros_like(leaf) for leaf in leaves)
             found = torch.autograd.grad(objective, leaves, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))

@@ -90,7 +90,7 @@ class _Split:
             if isinstance(node, Op) and node.target is operator.getitem:
                 source = self.graph[node.inputs[0]]
                 linear = isinstance(source, Op) and is_linear(source, self._influenced(source))
-            if linear:
+            if linear and all(_is_floating(self.graph[ref]) for ref in self._influenced(node)):
                 region.add(name)
                 stack.extend(self._influenced(node))
         return region
@@ -140,6 +140,10 @@ class _Split:
             dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             return [d % max(operand.ndim, 1) for d in dims] if dims else everything
         return everything
+
+
+def _is_floating(node: Node) -> bool:
+    return not isinstance(node.type, TensorType) or node.type.dtype.is_floating_point
 
 
 def _equal(a: Relation, b: Relation, shape: tuple[int, ...]) -> bool:

@@ -149,7 +149,8 @@ class CompiledModule(nn.Module):
         if options.backend == "inductor":
             run = torch_module.compile_inductor(graph, program)
         tables = [self._table(path) for path in program.captured]
-        return _Bound(graph, program, run, tuple(tables))
+        assert self._captured is not None
+        return _Bound(graph, program, run, tuple(tables), self._captured)
 
     def _live(self, graph: Graph) -> dict[str, Tensor]:
         """Parameters and buffers of the graph that are found anew at every call, by path."""
@@ -214,7 +215,26 @@ class CompiledModule(nn.Module):
 
     def estimator_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of baselines, critics and control variates."""
+        self._must_be_complete()
         return self.estimators.parameters()
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As ``nn.Module.named_parameters``: the model's under ``model.``, the estimators' under ``estimators.``.
+
+        Raises:
+            EstimatorError: before the first trace, if an estimator has learned parts: they would be missing.
+        """
+        self._must_be_complete()
+        return super().named_parameters(*args, **kwargs)
+
+    def _must_be_complete(self) -> None:
+        specs = [self.options.estimator, *self.options.estimators.values()]
+        learned = [spec for spec in map(get_estimator, specs) if spec is not None and spec.learned]
+        if learned and self._latest is None and not len(self.estimators):
+            raise EstimatorError(
+                f"{learned[0].name} has learned parts that are made at the first trace: give example_inputs to "
+                f"scg.compile, or call the module once, before asking for its parameters"
+            )
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -266,6 +286,8 @@ class _Bound:
     program: torch_module.Program
     run: Callable[..., Any]
     tables: tuple[tuple[dict[str, Any], str], ...]
+    captured: Captured
+    """Kept alive: its values hold ids, which must not be given to other objects while they are a key."""
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not kwargs and all(type(arg) is Tensor for arg in args):

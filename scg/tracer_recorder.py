@@ -327,6 +327,8 @@ class Recorder(TorchFunctionMode):
             return args[0].detach()
         if func in _CONSTRUCTORS and isinstance(args[0], (list, tuple)) and _nodes_in(self.nodes_in(args[0])):
             raise TraceError(f"{user_loc()}: {func.__name__}() reads the values of traced tensors: use torch.stack().")
+        if func is Tensor.__getitem__:
+            return _get_item(args[0], args[1])
         if func in _RANDOM and any(map(self.is_live, (*args, *kwargs.values()))):
             return _RANDOM[func](self, *args, **kwargs)
         return func(*args, **kwargs)
@@ -420,3 +422,32 @@ def _opaque_result(spec: OpaqueSpec, args: tuple[Any, ...]) -> Any:
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
     return outputs if several else outputs[0]
+
+
+def _get_item(tensor: Tensor, index: Any) -> Tensor:
+    """``tensor[index]``; integer scalars, of which torch would read the values, are looked up as tensors."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not any(map(_is_scalar_index, items)):
+        return tensor[index]
+    taken = [_taken(item) for item in items]
+    if any(item is Ellipsis for item in items):
+        at = next(i for i, item in enumerate(items) if item is Ellipsis)
+        taken[at] = tensor.ndim - sum(taken)
+    for position in reversed(range(len(items))):  # from the right, so that the dims to the left keep their places
+        if _is_scalar_index(items[position]):
+            dim = sum(taken[:position])
+            tensor = tensor.index_select(dim, items[position].reshape(1)).squeeze(dim)
+            del items[position]
+    return tensor[tuple(items)] if items else tensor
+
+
+def _is_scalar_index(item: Any) -> bool:
+    whole = isinstance(item, Tensor) and not item.is_floating_point() and item.dtype != torch.bool
+    return whole and item.ndim == 0
+
+
+def _taken(item: Any) -> int:
+    """How many dims of the indexed tensor one item of the index takes."""
+    if item is None or item is Ellipsis:
+        return 0
+    return item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1

@@ -902,3 +902,27 @@ def test_two_threads() -> None:
     other.join()
     assert not errors
     assert "apply" not in vars(torch.autograd.function._SingleLevelFunction)
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        lambda t, i, j: t[i],
+        lambda t, i, j: t[i, j],
+        lambda t, i, j: t[i, 1:],
+        lambda t, i, j: t[:, i],
+        lambda t, i, j: t[..., i],
+        lambda t, i, j: t[None, i, ..., j],
+        lambda t, i, j: t[i, torch.tensor([0, 1])],
+        lambda t, i, j: t[0, :, j],
+    ],
+)
+def test_integer_scalars_look_up_tables(look_up: Any) -> None:
+    table = torch.arange(24.0).reshape(3, 4, 2)
+
+    def model(i: Tensor, j: Tensor) -> Tensor:
+        return look_up(table, i, j).sum()
+
+    i, j = torch.tensor(1), torch.tensor(1)
+    graph = trace(model, (i, j))
+    torch.testing.assert_close(evaluate(graph, (i, j)), model(i, j))

@@ -62,6 +62,10 @@ class ScoreFunction(ScoreEstimator):
             return LeaveOneOut() if draws >= 2 else MovingAverage()
         return BASELINES[self.baseline]()
 
+    @property
+    def learned(self) -> bool:
+        return isinstance(self.resolve(1), Learned)
+
     def reads(self) -> tuple[str, ...] | None:
         baseline = self.resolve(self.samples or 1)
         return baseline.inputs if isinstance(baseline, Learned) else ()

@@ -1,0 +1,326 @@
+"""The compiled module: drop-in calls, signatures, state, copies, errors at run time."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Distribution, Normal
+
+import scg
+from scg.estimators.baselines import Learned, MovingAverage
+from scg.estimators.score_function import ScoreFunction
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec = nn.Linear(4, 3), nn.Linear(3, 4)
+        self.beta = 1.0
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        q = Bernoulli(logits=self.enc(x))
+        z = q.sample()
+        recon = self.dec(z)
+        rec = scg.cost(((recon - x) ** 2).sum(-1), "rec")
+        return {"loss": rec.mean() + self.beta * q.log_prob(z).mean(), "z": z, "recon": recon}
+
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("options", [{}, {"samples": 3}, {"estimator": "score_function"}, {"estimator": "enumerate"}])
+def test_other_outputs_come_from_one_joint_draw(options: dict[str, Any]) -> None:
+    model = Model()
+    out = scg.compile(model, **options)(X)
+    assert out["loss"].shape == () and out["z"].shape == (6, 3)
+    assert set(out["z"].unique().tolist()) <= {0.0, 1.0}
+    torch.testing.assert_close(out["recon"], model.dec(out["z"]))
+
+
+def test_evaluation_needs_no_gradient_and_has_the_same_value() -> None:
+    compiled = scg.compile(Model(), estimator="enumerate")
+    with torch.no_grad():
+        first = compiled(X)["loss"]
+    assert not first.requires_grad
+    second = compiled(X)["loss"]
+    second.backward()
+    torch.testing.assert_close(first, second.detach())
+
+
+def test_a_changed_value_retraces_and_a_restless_one_warns() -> None:
+    model = Model()
+    compiled = scg.compile(model, estimator="enumerate")
+    losses = []
+    with pytest.warns(scg.RetraceWarning, match="buffer"):
+        for step in range(8):
+            model.beta = float(step)
+            losses.append(float(compiled(X)["loss"].detach()))
+    slopes = [b - a for a, b in zip(losses, losses[1:], strict=False)]
+    assert max(slopes) - min(slopes) < 1e-4
+
+
+def test_state_dict_loads_before_and_after_the_first_trace() -> None:
+    options = {"estimator": ScoreFunction(baseline=MovingAverage(decay=0.5))}
+    trained = scg.compile(Model(), **options)
+    for _ in range(3):
+        trained(X)
+    state = trained.state_dict()
+    assert any(key.startswith("model.") for key in state) and "estimators.z.total" in state
+    early, late = scg.compile(Model(), **options), scg.compile(Model(), **options, example_inputs=(X,))
+    for other in (early, late):
+        other.load_state_dict(state)
+    early.eval()(X)  # the moving average must not move
+    for key, value in state.items():
+        torch.testing.assert_close(early.state_dict()[key], value)
+        torch.testing.assert_close(late.state_dict()[key], value)
+
+
+def test_moving_averages_move_in_training_alone() -> None:
+    compiled = scg.compile(Model(), estimator=ScoreFunction(baseline="moving_average"), example_inputs=(X,))
+
+    def weight() -> float:
+        return float(compiled.state_dict()["estimators.z.weight"])
+
+    assert weight() == 0
+    compiled(X)
+    moved = weight()
+    assert moved > 0
+    with torch.no_grad():
+        compiled(X)
+    with compiled.frozen():
+        compiled(X)
+    compiled.eval()(X)
+    scg.gradient_samples(compiled, X, n=3)
+    assert weight() == moved
+
+
+def test_copies_and_pickles_are_independent() -> None:
+    compiled = scg.compile(Model(), estimator="enumerate")
+    before = compiled(X)["loss"].detach()
+    for other in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+        torch.testing.assert_close(other(X)["loss"].detach(), before)
+        with torch.no_grad():
+            next(other.model_parameters()).add_(1.0)
+        torch.testing.assert_close(compiled(X)["loss"].detach(), before)
+        assert not torch.allclose(other(X)["loss"].detach(), before)
+
+
+def test_a_copy_of_a_function_has_its_own_parameters() -> None:
+    w = nn.Parameter(torch.tensor(0.5))
+
+    def loss() -> Tensor:
+        return (Bernoulli(logits=w).sample() - 0.3) ** 2
+
+    compiled = scg.compile(loss, estimator="enumerate")
+    other = copy.deepcopy(compiled)
+    other().backward()
+    (copied,) = other.parameters()
+    assert w.grad is None and copied.grad is not None
+
+
+def test_dtype_moves_reach_everything() -> None:
+    compiled = scg.compile(Model(), estimator=ScoreFunction(baseline="moving_average"))
+    compiled(X)
+    compiled.double()
+    assert compiled(X.double())["loss"].dtype == torch.float64
+
+
+def test_learned_baselines_train_in_the_same_backward() -> None:
+    net = nn.Linear(4, 3)
+    options = {"estimator": ScoreFunction(baseline=net)}
+    with pytest.raises(scg.EstimatorError, match="example_inputs"):
+        list(scg.compile(Model(), **options).parameters())
+    compiled = scg.compile(Model(), **options, example_inputs=(X,))
+    assert len(list(compiled.estimator_parameters())) == 2 and len(list(compiled.parameters())) == 6
+    optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1)
+    compiled(X)["loss"].backward()
+    assert all(p.grad is not None for p in net.parameters())
+    optimizer.step()
+    reads_draw = ScoreFunction(baseline=Learned(nn.Linear(3, 3), inputs=("z",)))
+    with pytest.raises(scg.EstimatorError, match="depends on the draw"):
+        scg.compile(Model(), estimator=reads_draw)(X)
+
+
+def test_invalid_parameters_make_the_objective_nan_and_debug_names_the_site() -> None:
+    scale = nn.Parameter(torch.tensor([1.0, -1.0]))
+
+    def loss() -> Tensor:
+        z = Normal(torch.zeros(2), scale).rsample()
+        return z.mean()
+
+    assert torch.isnan(scg.compile(loss)())
+    with pytest.raises(ValueError, match=r"site 'z' \(test_pipeline.py:\d+\): parameter scale of Normal"):
+        scg.compile(loss, debug=True)()
+
+
+def test_replayed_outcomes_take_part_as_if_drawn() -> None:
+    w = nn.Parameter(torch.zeros(3))
+    action, reward = torch.tensor([0, 2]), torch.tensor([1.0, 3.0])
+
+    def loss(r: Tensor) -> Tensor:
+        a = scg.sample(Categorical(logits=w.expand(2, 3)), "a", value=action)
+        return -scg.depends(r, on=a, dims=("tied",)).mean()
+
+    scg.compile(loss, estimator=ScoreFunction(baseline=None), samples=2)(reward).backward()
+    one_hot = torch.eye(3)
+    want = -0.5 * (one_hot[0] - 1 / 3) - 1.5 * (one_hot[2] - 1 / 3)
+    torch.testing.assert_close(w.grad, want)
+    with pytest.raises(scg.EstimatorError, match="replayed"):
+        scg.compile(loss, estimator="enumerate")(reward)
+
+    def undeclared(r: Tensor) -> Tensor:
+        scg.sample(Categorical(logits=w.expand(2, 3)), "a", value=action)
+        return -r.mean()
+
+    with pytest.raises(scg.EstimatorError, match="scg.depends"):
+        scg.compile(undeclared)(reward)
+
+
+def test_a_stateful_environment_is_called_once_in_order() -> None:
+    calls: list[float] = []
+
+    @scg.opaque(shape=lambda a: a.shape, pure=False)
+    def step(action: Tensor) -> Tensor:
+        calls.append(float(action))
+        return action * 2
+
+    w = nn.Parameter(torch.tensor(0.3))
+
+    def loss() -> Tensor:
+        a = Bernoulli(logits=w).sample()
+        return step(a) + step(1 - a)
+
+    compiled = scg.compile(loss, estimator="score_function")
+    compiled().backward()
+    assert len(calls) == 2 and calls[0] + calls[1] == 1 and w.grad is not None
+    for bad in ({"samples": 2}, {"estimator": "enumerate"}):
+        with pytest.raises(scg.ScgError, match="pure=False"):
+            scg.compile(loss, **bad)()
+
+
+def test_own_draws_side_by_side_and_nested() -> None:
+    w = nn.Parameter(torch.tensor([0.3, -0.2]))
+
+    def loss() -> Tensor:
+        a = scg.sample(Bernoulli(logits=w[0]), "a", estimator=ScoreFunction(samples=2))
+        b = scg.sample(Bernoulli(logits=w[1] + a), "b", estimator=ScoreFunction(samples=3))
+        return (a - 2 * b) ** 2
+
+    compiled = scg.compile(loss, samples=2)
+    compiled().backward()
+    assert compiled.graph.sites["a"].sample_dims == ("K", "a")
+    assert compiled.graph.sites["b"].sample_dims == ("K", "a", "b")
+
+
+def test_threads_do_not_meet() -> None:
+    results: dict[int, Tensor] = {}
+
+    def work(index: int) -> None:
+        torch.manual_seed(0)
+        compiled = scg.compile(Model().to(torch.float64), estimator="enumerate")
+        results[index] = compiled(X.double())["loss"].detach()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    assert "__getattribute__" not in vars(Distribution)
+
+
+def test_nothing_keeps_a_step_alive() -> None:
+    compiled = scg.compile(Model(), samples=2)
+    loss = compiled(X)["loss"]
+    loss.backward()
+    gc.disable()
+    try:
+        alive = weakref.ref(loss)
+        del loss
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_unknown_names_are_near_misses() -> None:
+    with pytest.raises(scg.EstimatorError, match="did you mean 'score_function'"):
+        scg.compile(Model(), estimator="score_functoin")
+    with pytest.raises(scg.LoweringError, match="did you mean 'inductor'"):
+        scg.compile(Model(), backend="inductr")
+    with pytest.raises(scg.EstimatorError, match="matches no site; sites: z"):
+        scg.compile(Model(), estimators={"y*": "enumerate"})(X)
+    with pytest.raises(scg.EstimatorError, match="no rsample"):
+        scg.compile(Model(), estimator="reparam")(X)
+    with pytest.raises(scg.LoweringError, match="call the module once"):
+        scg.compile(Model()).graph  # noqa: B018
+
+
+def test_a_hand_written_surrogate_warns() -> None:
+    w = nn.Parameter(torch.tensor(0.3))
+
+    def loss() -> Tensor:
+        q = Bernoulli(logits=w)
+        z = q.sample()
+        return q.log_prob(z) * ((z - 0.3) ** 2).detach()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scg.compile(loss)()
+    assert any("return the cost itself" in str(w.message) for w in caught)
+
+
+def test_smoothness_is_checked_without_being_asked() -> None:
+    m = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def loss() -> Tensor:
+        z = Normal(m, 1.0).rsample()
+        return (z > 0).double().mean()
+
+    compiled = scg.compile(loss, samples=200)
+    gradient = scg.gradient_samples(compiled, n=200)["m"]
+    want = torch.exp(Normal(0.0, 1.0).log_prob(m.detach()))  # d/dm P(z > 0)
+    error = gradient.std() / len(gradient) ** 0.5
+    assert abs(gradient.mean() - want) < 5 * error and error < want / 20
+    assert "not reparam" in compiled.graph.sites["z"].reason and "gt jumps" in compiled.graph.sites["z"].reason
+    with pytest.raises(scg.EstimatorError, match=r"test_pipeline.py:\d+"):
+        scg.compile(loss, estimator="reparam")()
+
+
+def test_gradients_nobody_sees_are_refused() -> None:
+    mu = nn.Parameter(torch.zeros(4))
+
+    def noise() -> Tensor:
+        return (mu + torch.randn(4) > 0).float().mean()
+
+    def threshold() -> Tensor:
+        z = Normal(torch.zeros(4), 1.0).sample()
+        return (z > mu).float().mean()
+
+    for model in (noise, threshold):
+        with pytest.raises(scg.TraceError, match=r"test_pipeline.py:\d+"):
+            scg.compile(model)()
+        with pytest.warns(scg.BiasWarning):
+            scg.compile(model, allow_biased=True)()
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import time, sys, torch; t = time.perf_counter(); import scg; print(time.perf_counter() - t);"
+        "assert not {'networkx', 'sympy', 'rich'} & set(sys.modules) - before"
+    ).replace("import scg;", "before = set(sys.modules); import scg;")
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert float(found.stdout) < 3.0  # seconds; a loaded machine takes several times the 0.3 of an idle one
