@@ -253,7 +253,7 @@ class Interpreter:
                 drawn = drawn.permute([*want, *range(len(want), drawn.dim())])
             return Batched(drawn, dims)
 
-        if isinstance(dist, TransformedDistribution) and not _transform_params(self.dist_node(site.dist)):
+        if isinstance(dist, TransformedDistribution) and not self.dist_node(site.dist).template.has_transform_slots:
             pathwise = isinstance(site.estimator, PathwiseEstimator)
             before = dist.base_dist.rsample(shape) if pathwise else dist.base_dist.sample(shape).detach()
             self.before_transform[site.name] = place(before)
@@ -672,7 +672,9 @@ class Context:
     def read(self, names: tuple[str, ...] | None) -> list[Tensor]:
         found = []
         for node in self._of.graph:
-            wanted = isinstance(node, Input) if names is None else bool({node.name, getattr(node, "path", "")} & {*names})
+            wanted = (
+                isinstance(node, Input) if names is None else bool({node.name, getattr(node, "path", "")} & {*names})
+            )
             if wanted:
                 value: Batched = self._of.env[node.name]
                 found.append(self._of.dims.align(value, self.dims).detach())
@@ -760,10 +762,6 @@ def _log_prob_before(dist: Distribution, before: Tensor) -> Tensor:
 
 def _sum_last(tensor: Tensor, count: int) -> Tensor:
     return tensor.sum(tuple(range(-count, 0))) if count > 0 else tensor
-
-
-def _transform_params(node: Dist) -> bool:
-    return any("transform" in name for name in node.template.names)
 
 
 def _point_index(relation: Relation, dim: int) -> Tensor:

@@ -10,7 +10,7 @@ normalised twice::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,11 @@ class Template:
         """Of a ``MixtureSameFamily``: the class of its components."""
         found = dict(self.state.state).get("_component_distribution")
         return None if found is None else found.cls
+
+    @property
+    def has_transform_slots(self) -> bool:
+        """Whether a transform of the draw reads a tensor, be it one that is also named elsewhere."""
+        return any(key == "transforms" and _has_slot(item) for key, item in _entries(self.state))
 
     def rebuild(
         self, params: Sequence[Tensor], prefix: Sequence[int] = (), carries: Sequence[bool] | None = None
@@ -182,6 +187,25 @@ class _Reader:
             rank = len(owner.batch_shape) + own  # of the slot, written out with all its batch dims
             self.event_dims.append(max(rank - len(self.root.batch_shape), 0))
         return self._index[id(tensor)]
+
+
+def _entries(spec: Any) -> Iterator[tuple[Any, Any]]:
+    """Every ``(key, value)`` of the objects and dicts in a state, at any depth."""
+    if isinstance(spec, _Object):
+        own: tuple[tuple[Any, Any], ...] = spec.state
+    else:
+        own = spec.items if isinstance(spec, _Mapping) else ()
+    for key, value in own:
+        yield key, value
+        yield from _entries(value)
+    for item in spec.items if isinstance(spec, _Sequence) else ():
+        yield from _entries(item)
+
+
+def _has_slot(spec: Any) -> bool:
+    if isinstance(spec, _Sequence):
+        return any(map(_has_slot, spec.items))
+    return isinstance(spec, _Slot) or any(_has_slot(value) for _, value in _entries(spec))
 
 
 def _constraint(owner: Distribution, key: str) -> Constraint | None:
