@@ -56,7 +56,7 @@ class SampleDim:
 class SampleDims:
     """The sample dims of one program, in their layout order."""
 
-    def __init__(self, dims: Sequence[SampleDim] = ()) -> None:
+    def __init__(self, dims: Iterable[SampleDim] = ()) -> None:
         self.table = {dim.name: dim for dim in sorted(dims, key=lambda dim: dim.order)}
 
     def __getitem__(self, name: str) -> SampleDim:
@@ -74,7 +74,7 @@ class SampleDims:
         return tuple(name for name in self.table if name in wanted)
 
     def align(self, value: Batched, dims: Sequence[str], ndim: int | None = None, *, full: bool = False) -> Tensor:
-        """``value`` as ``[*dims | 1… | *S]``: size 1 for dims it lacks (or expanded, if ``full``), rank padded to ``ndim``.
+        """``value`` as ``[*dims | 1… | *S]``: size 1 for dims it lacks (expanded if ``full``), rank padded to ``ndim``.
 
         A value without sample dims is returned as it is unless ``full``: broadcasting from the right places it.
         """
@@ -223,7 +223,7 @@ class NoRule(Exception):
 def packet_name(target: Callable[..., Any]) -> str:
     """``add`` of ``aten.add.Tensor``; of another callable, its name."""
     if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
+        return str(target.overloadpacket.__name__)
     return getattr(target, "__name__", repr(target))
 
 
@@ -328,8 +328,8 @@ POINTWISE = {
     "masked_fill", "where", "to", "_to_copy", "detach", "clone", "contiguous", "alias", "lift_fresh_copy",
     "__or__", "__and__", "__xor__", "float", "double", "long", "int", "bool", "half", "binomial", "lerp",
     "nan_to_num", "clamp", "clip", "isclose", "square", "softplus", "celu", "elu", "selu", "gelu", "silu", "mish",
-    "hardtanh", "hardsigmoid", "hardswish", "leaky_relu", "log_sigmoid", "logsigmoid", "relu6", "threshold", "polygamma",
-    "rrelu", "xlogy", "addcmul", "addcdiv", "rsub", "special_entr", "logit", "sinc", "fmod", "remainder",
+    "hardtanh", "hardsigmoid", "hardswish", "leaky_relu", "log_sigmoid", "logsigmoid", "relu6", "threshold",
+    "polygamma", "rrelu", "xlogy", "addcmul", "addcdiv", "rsub", "special_entr", "logit", "sinc", "fmod", "remainder",
 }  # fmt: skip
 """Elementwise operations beyond those ATen tags as such."""
 
@@ -445,7 +445,7 @@ def _with_dims(call: Call, changes: Mapping[int, tuple[str, Any]]) -> Any:
 
 
 def _max_min(call: Call) -> Any:
-    """``max``/``min``/``median``/``mode`` in their full, per-dim and elementwise forms; per-dim ``all``/``any``/``prod``."""
+    """``max``/``min``/``median``/``mode`` in full, per dim and by element; ``all``/``any``/``prod`` per dim."""
     if len(call.args) > 1 and isinstance(call.args[1], Batched):
         return _pointwise(call)
     if len(call.args) == 1 and "dim" not in call.kwargs:
@@ -488,8 +488,11 @@ def _transpose(call: Call) -> Any:
 def _movedim(call: Call) -> Any:
     x: Batched = call.args[0]
     source, target = call.args[1], call.args[2]
-    fix = lambda d: [_negative(i, x.ndim) for i in d] if isinstance(d, (list, tuple)) else _negative(d, x.ndim)  # noqa: E731
-    return torch.movedim(x.tensor, fix(source), fix(target))
+    sources, targets = [
+        [_negative(dim, x.ndim) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])]
+        for dims in (source, target)
+    ]
+    return torch.movedim(x.tensor, sources, targets)
 
 
 def _unsqueeze(call: Call) -> Any:
@@ -530,8 +533,9 @@ def _slice(call: Call) -> Any:
     x: Batched = call.args[0]
     dim = _negative(call.arg(1, "dim", 0), x.ndim)
     start, end, step = call.arg(2, "start"), call.arg(3, "end"), call.arg(4, "step", 1)
-    index = (Ellipsis, slice(start, None if end is not None and end > 2**62 else end, step))
-    return x.tensor[(*index, *[slice(None)] * (-dim - 1))]
+    cut = slice(start, None if end is not None and end > 2**62 else end, step)
+    index: tuple[Any, ...] = (..., cut, *[slice(None)] * (-dim - 1))
+    return x.tensor[index]
 
 
 def _narrow(call: Call) -> Any:
@@ -657,9 +661,9 @@ def _batch_norm(call: Call) -> Any:
     x, weight, bias, mean, var, training, momentum, eps, cudnn = call.args
     if any(item is not None and item.dims for item in (weight, bias, mean, var)):
         raise NoRule
-    plain = [None if item is None else item.tensor for item in (weight, bias, mean, var)]
+    scale, shift, mean, var = (None if item is None else item.tensor for item in (weight, bias, mean, var))
     if not training:
-        return _fold(call, x, lambda t: torch.batch_norm(t, *plain, training, momentum, eps, cudnn))
+        return _fold(call, x, lambda t: torch.batch_norm(t, scale, shift, mean, var, False, momentum, eps, cudnn))
     full = call.tensor(x, full=True)  # [*dims, B, C, *rest]
     rows = full.reshape([-1, *x.shape]).transpose(0, 1)  # [B, R, C, *rest]
     count, channels = rows.shape[1], rows.shape[2]
@@ -668,14 +672,14 @@ def _batch_norm(call: Call) -> Any:
     def tiled(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.expand([count, channels]).reshape([-1])
 
-    out = torch.batch_norm(merged, tiled(plain[0]), tiled(plain[1]), None, None, True, momentum, eps, cudnn)
-    if plain[2] is not None:
+    out = torch.batch_norm(merged, tiled(scale), tiled(shift), None, None, True, momentum, eps, cudnn)
+    if mean is not None and var is not None:
         # every row updates from the same old value; the mean of the updates is the update with the mean statistics
         keep = [0, *range(3, rows.dim())]
         batch_mean = rows.detach().mean(keep).mean(0)
         batch_var = rows.detach().var(keep, unbiased=True).mean(0)
-        plain[2].lerp_(batch_mean.to(plain[2].dtype), momentum)
-        plain[3].lerp_(batch_var.to(plain[3].dtype), momentum)
+        mean.lerp_(batch_mean.to(mean.dtype), momentum)
+        var.lerp_(batch_var.to(var.dtype), momentum)
     out = out.reshape([x.shape[0], count, channels, *x.shape[2:]]).transpose(0, 1)
     return out.reshape([*call.sizes, *x.shape])
 
@@ -722,7 +726,7 @@ def _index_select(call: Call) -> Any:
 
 
 def _index(call: Call) -> Any:
-    """``x[..., i, j]`` by tensors: advanced indices are placed behind the sample dims, sampled ones with their own rows."""
+    """``x[..., i, j]`` by tensors: advanced indices stand behind the sample dims, sampled ones with their rows."""
     x, indices = call.args[0], call.args[1]
     given = [i for i, item in enumerate(indices) if item is not None]
     if any(item is not None and item.tensor.dtype == torch.bool for item in indices):
@@ -820,7 +824,7 @@ def _multi_dim(call: Call) -> Any:
 
 
 def _trailing(call: Call) -> Any:
-    """Operations on the last dims that broadcast over everything in front: ``tril``, ``cholesky``, ``triangular_solve``…"""
+    """Operations on the last dims that broadcast over all in front: ``tril``, ``cholesky``, ``triangular_solve``…"""
     ndim = max(operand.ndim for operand in _operands(call))
     args, kwargs = _rebuild(call, lambda operand: call.tensor(operand, ndim if operand.dims else None))
     return call.invoke(*args, **kwargs)

@@ -52,8 +52,7 @@ def _box_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int, .
     kept = list(flat.shape[: lead + len(tied)])
     flat = flat.reshape([*kept, -1])  # [*dims, *tied, C]
     if lo[0].numel() * math.prod(site_sizes) <= _MATRIX_ENTRIES:
-        like = {"dtype": tensor.dtype, "device": tensor.device}
-        matrix = record_constant(lambda: _box_matrix(lo, hi, site_sizes).to(**like))
+        matrix = record_constant(lambda: _box_matrix(lo, hi, site_sizes).to(tensor.device, tensor.dtype))
         summed = flat @ matrix  # [*dims, *tied, prod(site_sizes)]
     else:
         summed = _difference_sum(flat, lo, hi, site_sizes)
@@ -111,7 +110,8 @@ def _difference_sum(flat: Tensor, lo: list[Tensor], hi: list[Tensor], sizes: lis
     total = total.reshape([*flat.shape[:-1], *padded])
     for axis in range(len(sizes)):
         total = total.cumsum(axis - len(sizes))
-    return total[(..., *(slice(0, size) for size in sizes))].flatten(-len(sizes))
+    inner: tuple[Any, ...] = (..., *(slice(0, size) for size in sizes))
+    return total[inner].flatten(-len(sizes))
 
 
 def _same(tensor: Tensor) -> Tensor:

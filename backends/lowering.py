@@ -3,7 +3,8 @@
 `Interpreter` computes on tensors with named leading sample dims, in ordinary torch code. Run on real tensors it is the
 reference; run on fake ones under a `Recorder` it leaves the flat program that is trained with.
 
-    S = objective + sum over sites of term_s - stop(term_s),   term_s = sum (Q_s - b_s) log p(z_s) over draws and elements
+    S = objective + sum over sites of term_s - stop(term_s)
+    term_s = sum (Q_s - b_s) log p(z_s) over draws and elements
 
 so that the value is the plain Monte Carlo estimate and the gradient is the estimator's.
 """
@@ -281,7 +282,8 @@ class Interpreter:
 
     def _support_rows(self, site: Sample) -> int:
         shape = site.tensor.shape
-        return len(self._support(site)) ** math.prod(shape[dim] for dim in self.joined[site.name])
+        elements = math.prod(shape[dim] for dim in self.joined[site.name])
+        return int(len(self._support(site)) ** elements)
 
     def _enumerate(self, site: Sample) -> Batched:
         """Every outcome as a row; records the rows' probabilities."""
@@ -319,8 +321,8 @@ class Interpreter:
         dims = self.dims.union(*(value.dims for value in values))
         if dims and not node.pure:
             raise LoweringError(
-                f"%{node.name} ({node.loc}): {node.fn.__qualname__} is stateful (pure=False) and would be called once for "
-                f"each of the sample dims {list(dims)}; use samples=1 and estimators that do not rerun it"
+                f"%{node.name} ({node.loc}): {node.fn.__qualname__} is stateful (pure=False) and would be called once "
+                f"for each of the sample dims {list(dims)}; use samples=1 and estimators that do not rerun it"
             )
         plain = map_refs(self.env.__getitem__, tuple(node.args))
         args = [self.dims.align(arg, dims, full=True) if isinstance(arg, Batched) and arg.dims else
@@ -377,8 +379,8 @@ class Interpreter:
             return Batched(weight.tensor.reshape([*weight.tensor.shape[:lead], *[1] * ndim]), weight.dims)
         relation = self.found.relation(of, name)
         if relation is None:  # the value does not depend on it: any element's weights sum to one
-            first = weight.tensor[(..., *[slice(0, 1)] * len(shape))]
-            return Batched(first.reshape([*first.shape[:lead], *[1] * ndim]), weight.dims)
+            first = weight.tensor.flatten(lead)[..., 0]
+            return Batched(first.reshape([*first.shape, *[1] * ndim]), weight.dims)
         with compile_time():
             axes = [relation.tied(dim) if size > 1 else None for dim, size in enumerate(shape)]
         wide = [dim for dim, size in enumerate(shape) if size > 1]
@@ -472,7 +474,7 @@ class Interpreter:
         return term.sum() / draws if draws > 1 else term.sum()
 
     def signal(self, site: Sample, dims: tuple[str, ...]) -> tuple[Tensor, float] | None:
-        """The credited cost-to-go ``[*dims | *elements]`` (size 1 where it does not vary) and a factor taken out of it."""
+        """The credited cost-to-go ``[*dims | *elements]`` (size 1 where it does not vary) and a factor taken out."""
         edges = [edge for (name, _), edge in self.graph.credit.items() if name == site.name]
         edges = [edge for edge in edges if not self.coefficients[edge.cost].is_zero]
         if not edges:

@@ -111,7 +111,7 @@ def compile_inductor(graph: Graph, program: Program) -> Callable[..., Any]:
             f"%{node.name} ({node.loc}): inductor cannot call the opaque function {node.fn.__qualname__}; use "
             f"backend='eager'"
         )
-    return torch.compile(program.module, fullgraph=True, dynamic=False)  # type: ignore[no-any-return]
+    return torch.compile(program.module, fullgraph=True, dynamic=False)
 
 
 def flatten_outputs(outputs: Any, add: Callable[[Tensor], None]) -> None:

@@ -5,7 +5,7 @@
              %loss = op   f32[]       mean(%c)        (in the tail, linear in the costs)
 
 Walking back from the objective through operations that are linear in their influenced operands changes no value; the
-expectation of a linear map is the map of the expectation, so each cost may be credited, averaged or summed out by itself.
+expectation of a linear map is the map of the expectation: each cost may be credited, averaged or summed out by itself.
 Schulman et al. 2015, section 3; without it credit assignment finds one global cost.
 """
 

@@ -108,8 +108,8 @@ class Node:
     scope: str = ""
     """Path of the user's module that computed it, ``enc.0``."""
 
-    _edges = ()
-    kind = "node"
+    _edges: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[str] = "node"
 
     @cached_property
     def inputs(self) -> tuple[Ref, ...]:

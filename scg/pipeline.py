@@ -110,8 +110,8 @@ class CompiledModule(nn.Module):
             self._retraces += 1
             if self._retraces == _RETRACES_BEFORE_WARNING:
                 warnings.warn(
-                    "a plain Python value that the model reads keeps changing, and each change traces it again; make it "
-                    "a buffer or an argument that is a tensor",
+                    "a plain Python value that the model reads keeps changing, and each change traces it again; make "
+                    "it a buffer or an argument that is a tensor",
                     RetraceWarning,
                     stacklevel=4,
                 )
@@ -262,7 +262,7 @@ class CompiledModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._programs.clear()  # dtype or device may change
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

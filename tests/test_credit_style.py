@@ -14,7 +14,9 @@ import scg
 from scg.estimators.score_function import ScoreFunction
 
 
-def _gradient(model: Callable[..., Tensor], params: list[nn.Parameter], *args: Tensor, samples: int = 1) -> list[Tensor]:
+def _gradient(
+    model: Callable[..., Tensor], params: list[nn.Parameter], *args: Tensor, samples: int = 1
+) -> list[Tensor]:
     baseline = "leave_one_out" if samples > 1 else None
     compiled = scg.compile(model, estimator=ScoreFunction(baseline=baseline), samples=samples)
     compiled(*args)

@@ -72,7 +72,7 @@ def test_a_changed_value_retraces_and_a_restless_one_warns() -> None:
 
 
 def test_state_dict_loads_before_and_after_the_first_trace() -> None:
-    options = {"estimator": ScoreFunction(baseline=MovingAverage(decay=0.5))}
+    options: dict[str, Any] = {"estimator": ScoreFunction(baseline=MovingAverage(decay=0.5))}
     trained = scg.compile(Model(), **options)
     for _ in range(3):
         trained(X)
@@ -139,7 +139,7 @@ def test_dtype_moves_reach_everything() -> None:
 
 def test_learned_baselines_train_in_the_same_backward() -> None:
     net = nn.Linear(4, 3)
-    options = {"estimator": ScoreFunction(baseline=net)}
+    options: dict[str, Any] = {"estimator": ScoreFunction(baseline=net)}
     with pytest.raises(scg.EstimatorError, match="example_inputs"):
         list(scg.compile(Model(), **options).parameters())
     compiled = scg.compile(Model(), **options, example_inputs=(X,))
