@@ -17,6 +17,7 @@ from scg.estimators.local_expectation import LocalExpectation
 from scg.estimators.lookup import near_miss
 from scg.estimators.measure_valued import MeasureValued
 from scg.estimators.reinmax import ReinMax
+from scg.estimators.relax import Rebar, Relax
 from scg.estimators.reparam import Reparam
 from scg.estimators.score_function import ScoreFunction
 from scg.estimators.straight_through import StraightThrough
@@ -24,15 +25,16 @@ from scg.estimators.sum_and_sample import SumAndSample
 from scg.estimators.unordered_set import UnorderedSet
 from scg.estimators.without_replacement import WithoutReplacement
 
-_UNBIASED: tuple[type[Estimator], ...] = (Reparam, ScoreFunction, Enumerate)
-_SINGLE_CHANGES: tuple[type[Estimator], ...] = (LocalExpectation, MeasureValued)
-_RELAXATIONS: tuple[type[Estimator], ...] = (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST)
-_ANTITHETIC: tuple[type[Estimator], ...] = (DisARM, ARM, ARMS)
-_SUBSETS: tuple[type[Estimator], ...] = (UnorderedSet, WithoutReplacement, SumAndSample)
-
-ESTIMATORS: dict[str, type[Estimator]] = {
-    e.name: e for e in (*_UNBIASED, *_SINGLE_CHANGES, *_ANTITHETIC, *_SUBSETS, *_RELAXATIONS)
+GROUPS: dict[str, tuple[type[Estimator], ...]] = {
+    "The three that `auto` chooses from": (Reparam, ScoreFunction, Enumerate),
+    "Single changes of the draw": (LocalExpectation, MeasureValued),
+    "Antithetic draws": (DisARM, ARM, ARMS),
+    "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
+    "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),
 }
+"""The built-in estimators as the documentation orders them."""
+
+ESTIMATORS: dict[str, type[Estimator]] = {cls.name: cls for group in GROUPS.values() for cls in group}
 """Name to class. Your own: ``ESTIMATORS["mine"] = Mine``, or pass an instance as ``estimator=``."""
 
 AUTO = "auto"
@@ -56,4 +58,4 @@ def get_estimator(spec: Any) -> Estimator | None:
     raise EstimatorError(near_miss("estimator", spec, [AUTO, *ESTIMATORS]))
 
 
-__all__ = ["AUTO", "ESTIMATORS", "Estimator", "get_estimator"]
+__all__ = ["AUTO", "ESTIMATORS", "GROUPS", "Estimator", "get_estimator"]

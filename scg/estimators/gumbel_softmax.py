@@ -31,12 +31,7 @@ class GumbelSoftmax(Relaxation):
     ``straight_through`` at the outcome itself, with the relaxation's derivative. Bernoulli, OneHotCategorical.
 
     Args:
-        temperature: a number, or a tensor of one element that is read anew at every step, to be annealed in place::
-
-                tau = torch.tensor(1.0)
-                compiled = scg.compile(model, estimator=GumbelSoftmax(temperature=tau))
-                for step in range(steps):
-                    tau.fill_(max(0.5, math.exp(-1e-4 * step)))
+        temperature: a number, or a tensor of one element that is read anew at every step, to be annealed in place.
         straight_through: round the draw in the forward pass.
     """
 
