@@ -85,7 +85,7 @@ class CoefficientRule:
         return program
 
 
-class _Inline(fx.Interpreter):  # type: ignore[misc]
+class _Inline(fx.Interpreter):
     """Runs a traced gradient inside the program being recorded, on public bindings."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -110,8 +110,9 @@ def _difference_sum(flat: Tensor, lo: list[Tensor], hi: list[Tensor], sizes: lis
     total = total.reshape([*flat.shape[:-1], *padded])
     for axis in range(len(sizes)):
         total = total.cumsum(axis - len(sizes))
-    inner: tuple[Any, ...] = (..., *(slice(0, size) for size in sizes))
-    return total[inner].flatten(-len(sizes))
+    for axis, size in enumerate(sizes):
+        total = total.narrow(axis - len(sizes), 0, size)
+    return total.flatten(-len(sizes))
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -466,7 +466,7 @@ class Interpreter:
         return total * scale if context.surrogate is None else (total + context.surrogate) * scale
 
     def _mean_of_term(self, term: Tensor, site: Sample, dims: tuple[str, ...]) -> Tensor:
-        """Sum over elements and over a rerun's rows and draws, mean over i.i.d. dims, weighted sum over weighted ones."""
+        """Sum over elements and a rerun's rows and draws, mean over i.i.d. dims, weighted sum over weighted ones."""
         left = [name for name in dims if name not in self._kept]
         if any(self.dims[name].kind not in ("iid", "coupled") for name in left):
             return self.expectation(Batched(term, dims), site.name, self._kept, detach=True).tensor.sum()

@@ -161,8 +161,8 @@ class _Choice:
             if site.value is not None and name not in above:
                 raise EstimatorError(
                     f"%{site.name} ({site.loc}) is replayed: its baseline may read what its parameters are computed "
-                    f"from, but %{name} is not, and may be a consequence of the outcome; name the inputs it may read with "
-                    f"Learned(module, inputs=(…))"
+                    f"from, but %{name} is not, and may be a consequence of the outcome; name the inputs it may read "
+                    f"with Learned(module, inputs=(…))"
                 )
             if self.found.sites(name) and site.name in self.found.sites(name):
                 raise EstimatorError(

@@ -69,8 +69,8 @@ class LeaveOneOut(Baseline):
 class MovingAverage(Baseline):
     r"""An exponential moving average of earlier steps' signals, :math:`m \leftarrow \gamma m + (1 - \gamma) \bar Q`.
 
-    Divided by the weight it has gathered (``1 - gamma^n``), so that it starts unshrunk. Only earlier steps are used: the
-    present signal would see the draw. Moves in train mode with gradients enabled alone.
+    Divided by the weight it has gathered (``1 - gamma^n``), so that it starts unshrunk. Only earlier steps are used:
+    the present signal would see the draw. Moves in train mode with gradients enabled alone.
 
     Args:
         decay: ``gamma`` in ``[0, 1)``.
@@ -133,7 +133,9 @@ class RunningMean(nn.Module):
 
 @dataclass(frozen=True)
 class Learned(Baseline):
-    r"""A module's prediction of the signal, fitted by least squares in the same ``backward()`` (NVIL, Mnih and Gregor 2014).
+    r"""A module's prediction of the signal, fitted by least squares in the same ``backward()``.
+
+    NVIL: Mnih and Gregor 2014.
 
     Its parameters get the gradient of :math:`(Q - b)^2` and nothing else; the model's parameters get none through it.
 

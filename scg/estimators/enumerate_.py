@@ -14,8 +14,8 @@ class Enumerate(EnumeratingEstimator):
 
     .. math:: E[f(z)] = \sum_{v} p_\theta(v) f(v)
 
-    Elements that meet in no cost share rows: a vector of independent Bernoulli draws costs 2 rows where each cost element
-    sees one of them, 2^D where one cost sees all D. Unbiased, and the variance over this site is gone.
+    Elements that meet in no cost share rows: a vector of independent Bernoulli draws costs 2 rows where each cost
+    element sees one of them, 2^D where one cost sees all D. Unbiased, and the variance over this site is gone.
     """
 
     limit: int = 2**16

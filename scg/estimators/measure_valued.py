@@ -139,8 +139,8 @@ class MeasureValued(RerunEstimator):
     Pflug 1989; Heidergott et al. 2010; Mohamed et al. 2020, section 6 and table 1. Unbiased, also below costs that are
     not differentiable. Each of the ``D`` elements that one cost may see takes one or two evaluations a parameter (three
     for both parameters of a Normal, three a dimension for a multivariate one); where one outcome of a pair can be the
-    draw itself, it is not evaluated again. Normal, MultivariateNormal, Laplace, Uniform, Exponential, Poisson, Binomial,
-    Geometric, Bernoulli, Categorical, OneHotCategorical; of Gamma the rate and of Weibull the scale.
+    draw itself, it is not evaluated again. Normal, MultivariateNormal, Laplace, Uniform, Exponential, Poisson,
+    Binomial, Geometric, Bernoulli, Categorical, OneHotCategorical; of Gamma the rate and of Weibull the scale.
 
     Args:
         coupled: draw the two outcomes together (lower variance); else independently.
@@ -209,8 +209,8 @@ def _learned(context: SiteContext, parameter: str) -> bool:
 def _multivariate(context: SiteContext) -> Tensor:
     r"""Mean and triangular scale: in whitened coordinates, one normal each.
 
-    With :math:`z = \mu + L \epsilon`, :math:`A = L^{-1}` and ``shift[k]``, ``spread[k]`` the derivatives in the mean and
-    the scale of :math:`\epsilon_k`, a change of the parameters moves :math:`\epsilon` by
+    With :math:`z = \mu + L \epsilon`, :math:`A = L^{-1}` and ``shift[k]``, ``spread[k]`` the derivatives in the mean
+    and the scale of :math:`\epsilon_k`, a change of the parameters moves :math:`\epsilon` by
     :math:`A\,d\mu + A\,dL\,\epsilon`, of which the diagonal of :math:`A\,dL` scales.
     """
     dist: Any = context.dist
@@ -228,11 +228,12 @@ def _multivariate(context: SiteContext) -> Tensor:
     found = context.rerun(one_by_one(context, outcomes))
     at = own_rows(context, found.signal).movedim(0, -1).split(size, -1)  # each [*dims | *elements, E]
     shift = (at[0] - at[1]) / math.sqrt(2 * math.pi)
-    term = (torch.linalg.solve_triangular(fixed, loc.unsqueeze(-1), upper=False).squeeze(-1) * shift).sum(-1)
+    moves: Tensor = torch.linalg.solve_triangular(fixed, loc.unsqueeze(-1), upper=False).squeeze(-1)
+    term = (moves * shift).sum(-1)
     if not tril.requires_grad:
         return term
     spread = at[2] - context.signal.unsqueeze(-1)
-    change = torch.linalg.solve_triangular(fixed, tril, upper=False)
+    change: Tensor = torch.linalg.solve_triangular(fixed, tril, upper=False)
     sheared = (change.tril(-1) @ whitened.unsqueeze(-1)).squeeze(-1)
     return term + (sheared * shift + change.diagonal(dim1=-2, dim2=-1) * spread).sum(-1)
 

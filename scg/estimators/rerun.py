@@ -61,7 +61,8 @@ def one_by_one(context: SiteContext, outcomes: Tensor, rest: Tensor | None = Non
     Args:
         context: of the site.
         outcomes: ``[R, *dims | *elements | *event]``.
-        rest: what the other elements are, broadcastable to ``[R, G, *dims | *elements | *event]``; the draw if not given.
+        rest: what the other elements are, broadcastable to ``[R, G, *dims | *elements | *event]``; the draw if
+            not given.
 
     Returns:
         ``[R * G, *dims | *elements | *event]``
@@ -94,5 +95,5 @@ def own_rows(context: SiteContext, signal: Tensor) -> Tensor:
 def sum_joined(context: SiteContext, tensor: Tensor) -> Tensor:
     """Sums ``[*lead | *elements]`` along the joined dims, which stay with size 1."""
     first = tensor.dim() - len(context.site.element_shape)
-    axes: Sequence[int] = [first + dim for dim in context.joined]
+    axes = [first + dim for dim in context.joined]
     return tensor.sum(axes, keepdim=True) if axes else tensor

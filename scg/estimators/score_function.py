@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from scg.estimators.base import YES, ScoreEstimator, SiteContext, SiteInfo, Support
-from scg.estimators.baselines import BASELINES, Baseline, LeaveOneOut, Learned, MovingAverage, NoBaseline
+from scg.estimators.baselines import BASELINES, Baseline, Learned, LeaveOneOut, MovingAverage, NoBaseline
 from scg.estimators.lookup import near_miss
 
 AUTO = "auto"

@@ -1,4 +1,4 @@
-"""What the estimators with sets of distinct outcomes share: the support's probabilities, races, and what they refuse."""
+"""What estimators with sets of distinct outcomes share: the support's probabilities, races, what they refuse."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class SubsetEstimator(RowEstimator):
             k: how many.
 
         Returns:
-            Indices ``[*N, k]`` in the order of arrival, and the log of the next time ``[*N]``, infinite if none is left.
+            Indices ``[*N, k]`` in the order of arrival, and the log of the next time ``[*N]``, infinite if none
+            is left.
         """
         uniform = torch.rand_like(log_p).clamp_min(torch.finfo(log_p.dtype).tiny)
         times, order = (torch.log(-torch.log1p(-uniform)) - log_p).sort(-1)  # [*N, S]

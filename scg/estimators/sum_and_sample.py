@@ -23,10 +23,10 @@ class SumAndSample(SubsetEstimator):
         z_j \sim p(\cdot \mid \text{not top})
 
     with :math:`b_j = \sum_\mathrm{top} p_s f_s + (1 - P_\mathrm{top}) \bar f_{-j}`, the mean over the other sampled
-    ones, and :math:`\bar b` the mean over all; for ``m = 1`` both are the mean over the top alone. Liu, Regier, Tripuraneni,
-    Jordan and McAuliffe 2019; the baseline is shared by all terms: with one drawn afresh for each, variance would be left
-    when everything is summed. Ties go to the outcome that comes first in the support. Unbiased. ``k + m`` evaluations.
-    For finite supports.
+    ones, and :math:`\bar b` the mean over all; for ``m = 1`` both are the mean over the top alone. Liu, Regier,
+    Tripuraneni, Jordan and McAuliffe 2019; the baseline is shared by all terms: with one drawn afresh for each, variance
+    would be left when everything is summed. Ties go to the outcome that comes first in the support. Unbiased.
+    ``k + m`` evaluations. For finite supports.
 
     Args:
         samples: ``m``, one unless given.
@@ -59,7 +59,7 @@ class SumAndSample(SubsetEstimator):
     def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None) -> Draw:
         assert support is not None
         log_p = support_log_prob(dist, shape, support)  # [*N, S]
-        order = log_p.sort(-1, descending=True, stable=True).indices
+        order = log_p.sort(stable=True, dim=-1, descending=True).indices
         top, rest = order[..., : self.top], order[..., self.top :]
         others = log_p.gather(-1, rest)
         place = torch.multinomial(others.softmax(-1).reshape(-1, others.shape[-1]), self.draws, replacement=True)

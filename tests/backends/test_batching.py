@@ -52,7 +52,10 @@ def _looped(op: Op, inputs: Mapping[str, Batched], constants: Mapping[str, Tenso
         at = dict(zip(dims, index, strict=True))
         row = {name: value.tensor[tuple(at[d] for d in value.dims)] for name, value in inputs.items()}
         results.append(run(op, {**row, **constants}))
-    stack = lambda *items: torch.stack(items).reshape(*DIMS.sizes(dims), *items[0].shape)  # noqa: E731
+
+    def stack(*items: Tensor) -> Tensor:
+        return torch.stack(items).reshape(*DIMS.sizes(dims), *items[0].shape)
+
     if isinstance(results[0], Tensor):
         return stack(*results)
     return tuple(stack(*items) for items in zip(*results, strict=True) if isinstance(items[0], Tensor))

@@ -22,7 +22,6 @@ from scg.passes import InsertEstimators
 from scg.pipeline import run_passes, trace
 from tests.law2 import ForcedDraws
 
-
 SCORE = ScoreFunction(baseline=None)
 
 

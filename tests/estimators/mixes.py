@@ -26,8 +26,8 @@ CHAIN: dict[str, dict[str, str]] = {
 """Which site of `tests.problems.chain` has which estimator."""
 
 PROGRAMS = (
-    "diamond", "some_costs", "upstream_costs", "tied_batch", "flattened_dims", "mixed_batch", "sampled_mask", "detached",
-    "learned_coefficient", "changing_mask", "shared_logits", "independent_elbo",
+    "diamond", "some_costs", "upstream_costs", "tied_batch", "flattened_dims", "mixed_batch", "sampled_mask",
+    "detached", "learned_coefficient", "changing_mask", "shared_logits", "independent_elbo",
 )  # fmt: skip
 """Of `tests.problems`: shared costs, vector sites with tied dims, coefficients that change."""
 
