@@ -8,7 +8,7 @@ traced gradient of the tail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class CoefficientRule:
         if self.constant:
             values = [graph.tensors[graph[ref].path] for ref in self.others]  # type: ignore[attr-defined]
             self.fixed = [_compress(g) for g in self._gradients(*values)]
+            self.offset = self._offset(*values)
         else:
             self.program = self._trace()
 
@@ -64,16 +65,24 @@ class CoefficientRule:
     def _gradients(self, *others: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             leaves = [_zeros(self.graph[name].tensor).requires_grad_() for name in self.costs]
-            env: dict[str, Any] = dict(zip(self.costs, leaves, strict=True))
-            env.update(zip(self.others, others, strict=True))
-            for node in self.tail:
-                args, kwargs = map_refs(env.__getitem__, (tuple(node.args), dict(node.kwargs)))
-                env[node.name] = node.target(*args, **kwargs)
-            objective = env.get(self.graph.objective)
+            objective = self._apply(leaves, others)
             if objective is None or not objective.requires_grad:
                 return tuple(torch.zeros_like(leaf) for leaf in leaves)
             found = torch.autograd.grad(objective, leaves, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))
+
+    def _offset(self, *others: Tensor) -> float:
+        """The objective where all costs are zero: the part that no sample influences."""
+        objective = self._apply([_zeros(self.graph[name].tensor) for name in self.costs], others)
+        return 0.0 if objective is None else float(objective)
+
+    def _apply(self, costs: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor | None:
+        env: dict[str, Any] = dict(zip(self.costs, costs, strict=True))
+        env.update(zip(self.others, others, strict=True))
+        for node in self.tail:
+            args, kwargs = map_refs(env.__getitem__, (tuple(node.args), dict(node.kwargs)))
+            env[node.name] = node.target(*args, **kwargs)
+        return env.get(self.graph.objective)
 
     def _trace(self) -> fx.GraphModule:
         from torch.fx.experimental.proxy_tensor import make_fx

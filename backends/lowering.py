@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,6 +109,8 @@ class Interpreter:
         self._rerunning = False
         self._kept: tuple[str, ...] = ()
         """Of a rerun: the sample dims of its rows and draws, whose derivatives stay apart."""
+        self._follows = False
+        """Of a rerun: whether its signal keeps the gradient of its rows."""
         self._sums: dict[tuple[int, ...], dict[frozenset[tuple[str, int]], Tensor]] = {}
         """Sums of credited costs made so far, by shape and members."""
 
@@ -404,6 +407,11 @@ class Interpreter:
 
     def _objective(self, named: Callable[[str], Any]) -> Tensor:
         """The linear tail applied to the expected costs."""
+        if self._coefficients.constant and len(self._coefficients.costs) >= MANY:
+            with named("objective"):
+                parts = self._uniform_costs()
+            if parts is not None:
+                return parts
         graph = self.graph
         env: dict[str, Any] = {}
 
@@ -425,6 +433,22 @@ class Interpreter:
             value: Batched = look(graph.objective)
             return value.tensor
 
+    def _uniform_costs(self) -> Tensor | None:
+        """The objective as one weighted sum of all cost elements: a long chain's tail in a few calls.
+
+        None where a coefficient is no number, or a cost's expectation is no plain mean.
+        """
+        rule = self._coefficients
+        parts: list[Weighted] = []
+        for name, coefficient in zip(rule.costs, rule.fixed, strict=True):
+            value: Batched = self.env[name]
+            kinds = {self.dims[dim].kind for dim in value.dims}
+            if not isinstance(coefficient, float) or not kinds <= {"iid", "coupled"}:
+                return None
+            parts.append(Weighted(value.tensor, coefficient / math.prod(self.dims.sizes(value.dims))))
+        total = total_of(parts)
+        return total if total is None or rule.offset == 0.0 else total + rule.offset
+
     # -- credit ---------------------------------------------------------------------------------------------------
     def _terms(self, named: Callable[[str], Any]) -> Tensor | None:
         """Sum of all surrogate terms, None where no site needs one."""
@@ -435,25 +459,23 @@ class Interpreter:
         self.coefficients: Mapping[str, Coefficient] = self._coefficients(
             lambda ref: self.env[ref].tensor, lambda made: record_constant(lambda: made)
         )
-        total: Tensor | None = None
+        parts: list[Weighted] = []
         for site in reversed(sites):  # last first: credit sets of earlier sites contain those of later ones
-            if not self._learns(site):
-                continue
-            with named(f"{site.name}_term"):
-                term = self._score_term(site)
-                if term is not None:
-                    total = term if total is None else total + term
-        return total
+            if self._learns(site):
+                with named(f"{site.name}_term"):
+                    parts += self._score_term(site)
+        return total_of(parts)
 
     def _learns(self, site: Sample) -> bool:
         return any(param.tensor.requires_grad for param in self.params[site.dist])
 
-    def _score_term(self, site: Sample) -> Tensor | None:
+    def _score_term(self, site: Sample) -> list[Weighted]:
+        """The site's surrogate as tensors whose sums, each times its factor, make it up."""
         value: Batched = self.env[site.name]
         dims = self.dims.union(self._param_dims(site.dist), value.dims)
         found = self.signal(site, dims)
         if found is None:
-            return None
+            return []
         signal, scale = found
         assert isinstance(site.estimator, ScoreEstimator)
         context = Context(self, site, dims, signal)
@@ -462,16 +484,15 @@ class Interpreter:
         if rows is not None and term.dim() > rows and term.dim() >= len(dims):
             assert term.shape[rows] == 1, f"{site.estimator.name}: its term must be summed over its own rows"
             term, dims = term.squeeze(rows), tuple(name for name in dims if name != site.name)
-        total = self._mean_of_term(term, site, dims)
-        return total * scale if context.surrogate is None else (total + context.surrogate) * scale
+        added = [] if context.surrogate is None else [Weighted(context.surrogate, scale)]
+        return [self._mean_of_term(term, site, dims, scale), *added]
 
-    def _mean_of_term(self, term: Tensor, site: Sample, dims: tuple[str, ...]) -> Tensor:
+    def _mean_of_term(self, term: Tensor, site: Sample, dims: tuple[str, ...], scale: float) -> Weighted:
         """Sum over elements and a rerun's rows and draws, mean over i.i.d. dims, weighted sum over weighted ones."""
         left = [name for name in dims if name not in self._kept]
         if any(self.dims[name].kind not in ("iid", "coupled") for name in left):
-            return self.expectation(Batched(term, dims), site.name, self._kept, detach=True).tensor.sum()
-        draws = math.prod(self.dims.sizes(left))
-        return term.sum() / draws if draws > 1 else term.sum()
+            return Weighted(self.expectation(Batched(term, dims), site.name, self._kept, detach=True).tensor, scale)
+        return Weighted(term, scale / math.prod(self.dims.sizes(left)))
 
     def signal(self, site: Sample, dims: tuple[str, ...]) -> tuple[Tensor, float] | None:
         """The credited cost-to-go ``[*dims | *elements]`` (size 1 where it does not vary) and a factor taken out."""
@@ -537,28 +558,30 @@ class Interpreter:
         for node in self.graph:
             if node.name in wanted and node.name != site.name:
                 child._evaluate(node)
+        child._follows = differentiable
         found = child.signal(site, all_dims)
         assert found is not None
         signal, scale = found
+        child._follows, child._shares, child._detached, child._sums = False, {}, {}, {}
         return Rerun(signal, child._total(costs, wanted, scale) if differentiable else None)
 
     def _total(self, costs: list[str], wanted: set[str], scale: float) -> Tensor:
-        """Costs and inner terms of a rerun, summed over rows and draws, with the gradient that reaches each row."""
+        """Costs and inner terms of a rerun, summed over draws, with the gradient that reaches its rows.  ``[R]``"""
         total: Tensor | None = None
         for cost in costs:
             value = self.expectation(self.env[cost], cost, self._kept).tensor
             coefficient = self.coefficients[cost]
             if coefficient.uniform is not None:
-                part = value.sum() * (coefficient.uniform / scale)
+                part = _by_row(value) * (coefficient.uniform / scale)
             else:
                 assert coefficient.tensor is not None
-                part = (value * coefficient.tensor.detach()).sum() / scale
+                part = _by_row(value * coefficient.tensor.detach()) / scale
             total = part if total is None else total + part
-        for inner in reversed(self.graph.of(Sample)):
-            if inner.name in wanted and isinstance(inner.estimator, ScoreEstimator) and inner.name in self.env:
-                term = self._score_term(inner) if self._learns(inner) else None
-                total = total if term is None or total is None else total + term / scale
         assert total is not None
+        for inner in reversed(self.graph.of(Sample)):
+            if inner.name in wanted and isinstance(inner.estimator, ScoreEstimator) and self._learns(inner):
+                for term in self._score_term(inner):
+                    total = total + _by_row(term.tensor) * (term.factor / scale)
         return total
 
     def _make_credit(self, edge: CreditEdge, dims: tuple[str, ...], scale: float) -> Tensor:
@@ -582,7 +605,7 @@ class Interpreter:
     def _detached_cost(self, cost: str) -> Batched:
         if cost not in self._detached:
             value: Batched = self.env[cost]
-            self._detached[cost] = Batched(value.tensor.detach(), value.dims)
+            self._detached[cost] = value if self._follows else Batched(value.tensor.detach(), value.dims)
         return self._detached[cost]
 
     def _element_shape(self, site: str) -> tuple[int, ...]:
@@ -621,6 +644,34 @@ class Interpreter:
         return map_refs(lambda ref: objective if ref == graph.objective else single.value(ref), graph.outputs)
 
 
+MANY = 4
+"""From how many parts on they are joined before they are summed."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A part of a scalar: the sum of ``tensor``, times ``factor``."""
+
+    tensor: Tensor
+    factor: float
+
+
+def total_of(parts: Sequence[Weighted]) -> Tensor | None:
+    """The sum of all parts; those with one factor are joined first, which a long chain has many of."""
+    groups: dict[float, list[Tensor]] = {}
+    for part in parts:
+        groups.setdefault(part.factor, []).append(part.tensor)
+    total: Tensor | None = None
+    for factor, tensors in groups.items():
+        if len(tensors) >= MANY:
+            tensors = [torch.cat([tensor.reshape(-1) for tensor in tensors])]
+        for tensor in tensors:
+            value = tensor.sum() if tensor.dim() else tensor
+            value = value if factor == 1.0 else value * factor
+            total = value if total is None else total + value
+    return total
+
+
 class Context:
     """The backend's `SiteContext`."""
 
@@ -637,7 +688,7 @@ class Context:
         )
         self.dist = interpreter.distribution(site.dist, dims, [1] * len(site.sample_shape))
         self.value = interpreter.dims.align(interpreter.env[site.name], dims)
-        self.signal = signal
+        self.signal = signal.detach() if signal.requires_grad else signal
         self.extra = tuple(interpreter.dims.align(part, dims) for part in interpreter.extras.get(site.name, ()))
         kinds = [interpreter.dims[name].kind for name in dims]
         self.iid = tuple(i for i, kind in enumerate(kinds) if kind == "iid")
@@ -663,6 +714,24 @@ class Context:
 
     def rerun(self, values: Tensor, *, differentiable: bool = False) -> Rerun:
         return self._of.rerun(self._site, self.dims, values if differentiable else values.detach(), differentiable)
+
+    def variables(self) -> tuple[Distribution, list[Tensor], list[Tensor]]:
+        interpreter, ref = self._of, self._site.dist
+        template, own = interpreter.dist_node(ref).template, self._site.sample_shape
+        prefix = (*interpreter.dims.sizes(self.dims), *own)
+        free, fixed, tensors = [], [], []
+        for param, event in zip(interpreter.params[ref], template.event_dims, strict=True):
+            tensor = param.tensor
+            if param.dims:
+                tensor = tensor.reshape([*interpreter._lead(param, self.dims), *[1] * len(own), *param.shape])
+            if tensor.requires_grad:
+                slot = param.shape[param.ndim - event :]
+                fixed.append(tensor.expand([*prefix, *template.batch_shape, *slot]))
+                tensor = self.variable(fixed[-1])
+                free.append(tensor)
+            tensors.append(tensor)
+        carries = [bool(p.dims) or p.tensor.requires_grad for p in interpreter.params[ref]]
+        return template.rebuild(tensors, prefix=prefix, carries=carries), free, fixed
 
     def add(self, surrogate: Tensor) -> None:
         """Adds a scalar to the surrogate, in the units of the signal: the pathwise part of a control variate."""
@@ -770,6 +839,11 @@ def _point_index(relation: Relation, dim: int) -> Tensor:
     """The one site index each element sees along ``dim``; any, where it sees none."""
     lo, hi = relation.lo[dim], relation.hi[dim]
     return torch.where(lo <= hi, lo, torch.zeros_like(lo)).contiguous()
+
+
+def _by_row(tensor: Tensor) -> Tensor:
+    """Sums ``[R, …]`` over all but its first dim."""
+    return tensor.flatten(1).sum(1) if tensor.dim() > 1 else tensor
 
 
 def _may_be_impossible(node: Dist) -> bool:

@@ -149,6 +149,9 @@ class Recorder(TorchFunctionMode):
             raise LoweringError("an estimator or distribution writes into a tensor; use torch.where or scatter instead")
         if name == "new" and len(args) == 2 and isinstance(args[1], torch.Size):
             func = torch.Tensor.new_empty  # in the generated code a size is a tuple, which `new` takes for the data
+        if func is torch.functional.broadcast_tensors:
+            shape = torch.broadcast_shapes(*(tensor.shape for tensor in args))
+            return tuple(self.call(Tensor.expand, tensor, tuple(shape)) for tensor in args)
         plain = [key for key, value in kwargs.items() if value is not None]
         if func is F.binary_cross_entropy_with_logits and plain == ["reduction"] and kwargs["reduction"] == "none":
             return self.call(torch.binary_cross_entropy_with_logits, *args, None, None, 0)  # the built-in it calls
