@@ -33,6 +33,31 @@ def credit_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int,
     return _box_sum(tensor, lead, edge, elements)
 
 
+def spread(tensor: Tensor, lead: int, edge: CreditEdge, cost_shape: tuple[int, ...]) -> Tensor:
+    """The transpose of `credit_sum`: for each cost element the sum over the site elements that influence it.
+
+    From ``[*dims | *elements]`` to ``[*dims | *cost]``, of size 1 where it does not vary.
+    """
+    elements = tuple(tensor.shape[lead:])
+    if edge.simple:
+        over = [lead + dim for dim, axis in enumerate(edge.axes) if axis is None]
+        if over:
+            tensor = tensor.sum(over)
+        kept = [axis for axis in edge.axes if axis is not None]
+        order = sorted(range(len(kept)), key=kept.__getitem__)
+        tensor = tensor.permute([*range(lead), *(lead + i for i in order)])
+        shape = [cost_shape[axis] if axis in kept else 1 for axis in range(len(cost_shape))]
+        return tensor.reshape([*tensor.shape[:lead], *shape])
+
+    def matrix() -> Tensor:
+        lo = [bound.expand(cost_shape).reshape(-1) for bound in edge.lo]
+        hi = [bound.expand(cost_shape).reshape(-1) for bound in edge.hi]
+        return _box_matrix(lo, hi, list(elements or (1,))).T.to(dtype=tensor.dtype, device=tensor.device)
+
+    flat = tensor.reshape([*tensor.shape[:lead], -1])  # [*dims, S]
+    return (flat @ record_constant(matrix)).reshape([*flat.shape[:lead], *cost_shape])
+
+
 def _box_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int, ...]) -> Tensor:
     """General boxes: a 0/1 matrix over the dims that are not tied, shared by the tied ones where it may be."""
     shape = tuple(tensor.shape[lead:])

@@ -456,15 +456,18 @@ class Interpreter:
         sites = [s for s in graph.of(Sample) if isinstance(s.estimator, ScoreEstimator) and s.name in self.env]
         if not any(self._learns(site) for site in sites):
             return None
-        self.coefficients: Mapping[str, Coefficient] = self._coefficients(
-            lambda ref: self.env[ref].tensor, lambda made: record_constant(lambda: made)
-        )
+        self._find_coefficients()
         parts: list[Weighted] = []
         for site in reversed(sites):  # last first: credit sets of earlier sites contain those of later ones
             if self._learns(site):
                 with named(f"{site.name}_term"):
                     parts += self._score_term(site)
         return total_of(parts)
+
+    def _find_coefficients(self) -> None:
+        self.coefficients: Mapping[str, Coefficient] = self._coefficients(
+            lambda ref: self.env[ref].tensor, lambda made: record_constant(lambda: made)
+        )
 
     def _learns(self, site: Sample) -> bool:
         return any(param.tensor.requires_grad for param in self.params[site.dist])

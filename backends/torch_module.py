@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scg.analysis.influence import influence
 from scg.backends.coefficients import CoefficientRule
+from scg.backends.higher_order import HigherOrder
 from scg.backends.lowering import Interpreter
 from scg.backends.recorder import Recorder
 from scg.errors import LoweringError
@@ -47,6 +48,7 @@ def build(
     training: bool,
     learning: bool,
     debug: bool = False,
+    order: int = 1,
 ) -> Program:
     """Records one program of ``graph``.
 
@@ -58,6 +60,7 @@ def build(
         training: whether running statistics of baselines move.
         learning: whether gradients are enabled: else no terms are built.
         debug: check every distribution's parameters at run time.
+        order: 2 makes every derivative right.
     """
     recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=False))
     used_inputs: list[int] = []
@@ -79,7 +82,7 @@ def build(
     for site, module in states.items():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             recorder.externals[id(tensor)] = _identifier(f"{site}_{name}")
-    interpreter = Interpreter(
+    interpreter = (HigherOrder if order > 1 else Interpreter)(
         graph,
         influence(graph, [node.name for node in graph.of(Sample)]),
         lambda node: ready[node.name] if node.name in ready else fetch(node),

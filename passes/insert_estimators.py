@@ -38,6 +38,7 @@ class InsertEstimators:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Glob over site names to estimator; the first match wins."""
     samples: int = 1
+    order: int = 1
     allow_biased: bool | None = None
     """False makes a biased choice an error."""
 
@@ -55,6 +56,13 @@ class InsertEstimators:
         decided = [choice.decide(site) for site in graph.of(Sample)]
         return annotate_dims(graph.replace(*decided, samples=self.samples))
 
+    def candidates(self, graph: Graph) -> dict[str, SiteInfo]:
+        """What is known of each site that needs an estimator: one with something to learn and a cost to learn from."""
+        choice = _Choice(self, graph)
+        credited = {site for site, _ in graph.credit}
+        sites = [site for site in graph.of(Sample) if site.name in credited and not site.data and choice.learns(site)]
+        return {site.name: choice.info(site) for site in sites}
+
 
 class _Choice:
     """One run over the sites in program order."""
@@ -71,7 +79,7 @@ class _Choice:
         requested, source = self._request(site)
         if site.data:
             return self._set(site, None, "drawn under no_grad: data")
-        learns = self._learns(site)
+        learns = self.learns(site)
         credited = [cost for name, cost in graph.credit if name == site.name]
         if not credited and site.value is not None:
             raise EstimatorError(
@@ -91,6 +99,8 @@ class _Choice:
                     f"%{site.name} ({site.loc}): {explicit.name!r} is biased and allow_biased=False was given; "
                     f"unbiased and fitting: {', '.join(self._fitting(info, unbiased=True))}"
                 )
+            if explicit.orders < options.order:
+                raise self._misfit(site, explicit, "its second derivative is not right, and order=2 was given", info)
             self._check_draws(site, explicit)
             self._check_reads(site, explicit)
             return self._set(site, explicit, f"asked for by {source}")
@@ -175,7 +185,7 @@ class _Choice:
 
         return [f"%{name}" for name in networkx.shortest_path(self.graph.to_networkx(), source, target)]
 
-    def _learns(self, site: Sample) -> bool:
+    def learns(self, site: Sample) -> bool:
         """Does any tensor upstream of the site's parameters ask for a gradient?"""
         above = self.graph.ancestors(self.graph[site.dist].inputs)
         return any(
@@ -185,9 +195,8 @@ class _Choice:
     def _fitting(self, info: SiteInfo, *, unbiased: bool = False) -> list[str]:
         names = []
         for name, cls in ESTIMATORS.items():
-            if (fits := cls().check(info)) and (cls.unbiased or not unbiased):
+            if cls.orders >= self.options.order and cls().check(info) and (cls.unbiased or not unbiased):
                 names.append(name if cls.unbiased else f"{name} (biased)")
-            del fits
         return names
 
     def _misfit(self, site: Sample, estimator: Estimator, reason: str, info: SiteInfo) -> EstimatorError:
@@ -208,6 +217,7 @@ class _Choice:
             shape=site.tensor.shape,
             event_ndim=site.tensor.event_ndim,
             support=support,
+            order=self.options.order,
             rows=None if support is None else enumeration_rows(self.graph, self.found, site, len(support)),
             replayed=site.value is not None or self._declared(site),
             bound=moving_bound(self.graph, dist),

@@ -128,6 +128,7 @@ class CompiledModule(nn.Module):
             default=get_estimator(options.estimator) or "auto",
             overrides=options.estimators,
             samples=options.samples,
+            order=options.order,
             allow_biased=options.allow_biased,
         )
         graph = run_passes(graph, insert, options.credit)
@@ -144,6 +145,7 @@ class CompiledModule(nn.Module):
             training=self.training and not self._frozen,
             learning=torch.is_grad_enabled(),
             debug=options.debug,
+            order=options.order,
         )
         run = program.module.forward
         if options.backend == "inductor":

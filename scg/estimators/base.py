@@ -53,6 +53,8 @@ class SiteInfo:
     rows: int | None = None
     """Rows that exact enumeration needs, where the support is finite: support size to the power of joined elements."""
     replayed: bool = False
+    order: int = 1
+    """The highest derivative that was asked for."""
     bound: str | None = None
     """Parameter that moves the support's bounds and asks for a gradient, as in ``Uniform(0, theta)``."""
     pathwise_break: str | None = None
@@ -91,6 +93,8 @@ class Estimator:
     name: ClassVar[str] = ""
     """The name users write, the same in code, docs and tests."""
     unbiased: ClassVar[bool] = True
+    orders: ClassVar[int] = 1
+    """Derivatives that its surrogate gets right: 2 means all of them."""
     reference: ClassVar[str] = ""
     formula: ClassVar[str] = ""
     """LaTeX of the gradient estimate."""
@@ -150,9 +154,12 @@ class Rerun:
     """The costs below a site at further outcomes of it."""
 
     signal: Tensor
-    """Detached credited cost-to-go of each row, ``[R, *dims | *elements]``, in the units of `SiteContext.signal`."""
+    """Credited cost-to-go of each row, ``[R, *dims | *elements]``, in the units of `SiteContext.signal`.
+
+    Detached, but of a differentiable rerun, where it follows the rows along paths that pass no other draw.
+    """
     surrogate: Tensor | None = None
-    """Of a differentiable rerun: the sum over all rows and draws, whose gradient reaches the rows alone.
+    """Of a differentiable rerun: the sum over draws, whose gradient reaches the rows alone.  ``[R]``
 
     Costs and the terms of inner sites included: its derivative in each row is that of the row's expected cost-to-go.
     """
@@ -212,6 +219,14 @@ class SiteContext(Protocol):
 
     def read(self, names: tuple[str, ...] | None) -> list[Tensor]:
         """Detached values of the named nodes or inputs, ``[*dims | *S]`` where they carry dims; None: all inputs."""
+
+    def variables(self) -> tuple[Distribution, list[Tensor], list[Tensor]]:
+        """The distribution over independent variables, one of full size for each parameter with a gradient.
+
+        Returns:
+            The distribution, the variables, and the parameters they stand for: all
+            ``[*dims | *elements | event dims of the slot]``.
+        """
 
     def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
         """``d scalar / d wrt`` as a value of the program, itself differentiable if asked.  The shape of ``wrt``"""

@@ -23,6 +23,7 @@ class Enumerate(EnumeratingEstimator):
 
     name: ClassVar[str] = "enumerate"
     unbiased: ClassVar[bool] = True
+    orders: ClassVar[int] = 2
     reference: ClassVar[str] = "exact sum"
     formula: ClassVar[str] = r"\nabla_\theta \sum_v p_\theta(v) f(v)"
 

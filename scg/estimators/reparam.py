@@ -20,6 +20,12 @@ from scg.estimators.base import YES, PathwiseEstimator, SiteInfo, Support
 from scg.template import Template
 
 
+_NO_SECOND_DERIVATIVE = {
+    "Gamma", "Chi2", "InverseGamma", "Beta", "Dirichlet", "StudentT", "FisherSnedecor", "LKJCholesky",
+}  # fmt: skip
+"""Families whose draws are differentiated by a kernel that cannot be differentiated again."""
+
+
 @dataclass(frozen=True)
 class Reparam(PathwiseEstimator):
     r"""Differentiates through the draw.
@@ -40,6 +46,7 @@ class Reparam(PathwiseEstimator):
 
     name: ClassVar[str] = "reparam"
     unbiased: ClassVar[bool] = True
+    orders: ClassVar[int] = 2
     reference: ClassVar[str] = "Kingma and Welling 2014"
     formula: ClassVar[str] = r"\nabla_\theta f(g_\theta(\epsilon))"
 
@@ -59,6 +66,8 @@ class Reparam(PathwiseEstimator):
 
     def check(self, site: SiteInfo) -> Support:
         found = self.supports(site)
+        if found and site.order > 1 and site.family in _NO_SECOND_DERIVATIVE:
+            return Support(False, f"the draw of {site.family} has no second derivative")
         if found and self.path_derivative and site.score_break:
             return Support(
                 False,
@@ -81,7 +90,7 @@ def _is_mixture(template: Template) -> bool:
 
 
 def _implicit(dist: Distribution, shape: torch.Size) -> Tensor:
-    r"""A draw with :math:`\nabla_\theta z = -\nabla_\theta F_\theta(z) / p_\theta(z)` (Figurnov et al. 2018, eq. 6)."""
+    r"""A draw with :math:`\nabla_\theta z = -\nabla_\theta F_\theta(z) / p_\theta(z)` (Figurnov et al. 2018)."""
     value = dist.sample(shape).detach()
     below = dist.cdf(value)
     return value - (below - below.detach()) / dist.log_prob(value).exp().detach()

@@ -34,6 +34,7 @@ class ScoreFunction(ScoreEstimator):
 
     name: ClassVar[str] = "score_function"
     unbiased: ClassVar[bool] = True
+    orders: ClassVar[int] = 2
     reference: ClassVar[str] = "Williams 1992; Schulman et al. 2015"
     formula: ClassVar[str] = r"(Q - b)\, \nabla_\theta \log p_\theta(z)"
 
@@ -74,5 +75,11 @@ class ScoreFunction(ScoreEstimator):
         return self.resolve(draws).make_state(site, batch_dims)
 
     def term(self, context: SiteContext) -> Tensor:
-        draws = math.prod(context.signal.shape[axis] for axis in context.iid)
-        return context.score_times(self.resolve(draws).advantage(context))
+        return context.score_times(self._baseline(context).advantage(context))
+
+    def baseline_value(self, context: SiteContext) -> Tensor | None:
+        """The baseline by itself, for surrogates of higher order."""
+        return self._baseline(context).value(context)
+
+    def _baseline(self, context: SiteContext) -> Baseline:
+        return self.resolve(math.prod(context.signal.shape[axis] for axis in context.iid))
