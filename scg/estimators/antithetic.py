@@ -25,6 +25,8 @@ class Antithetic(RowEstimator):
             return Support(False, "a replayed outcome has no antithetic ones")
         if site.pathwise_only:
             return Support(False, site.pathwise_only)
+        if site.rerun_break:
+            return Support(False, site.rerun_break)
         if site.family != "Bernoulli":
             return Support(False, f"its rows are thresholds of dependent uniforms, and {site.family} is not Bernoulli")
         return YES

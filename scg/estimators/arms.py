@@ -20,7 +20,8 @@ _COPULAS = ("dirichlet", "gaussian")
 class ARMS(Antithetic):
     r"""Leave-one-out over ``n`` negatively dependent draws, corrected for their dependence.
 
-    .. math:: \hat g = \frac{1}{n - 1} \sum_i (f(b_i) - \bar f)\, b_i\, \frac{p (1 - p)}{P(b_i = 1, b_j = 0)}\, \nabla \theta
+    .. math::
+        \hat g = \frac{1}{n - 1} \sum_i (f(b_i) - \bar f)\, b_i\, \frac{p (1 - p)}{P(b_i = 1, b_j = 0)}\, \nabla \theta
 
     Dimitriev and Zhou 2021 (ARMS); their :math:`1 / (1 - \rho)` is the fraction. The thresholds are taken at the
     smaller of ``p`` and ``1 - p``, where the Dirichlet copula is more antithetic. Unbiased; DisARM for ``n = 2``.
@@ -92,7 +93,7 @@ def _minus_normal_covariance(m: Tensor, correlation: float, nodes: int = 24) -> 
 
     Drezner and Wesolowsky 1990, by Gauss-Legendre quadrature: to rounding for ``r >= -1/2``.
     """
-    points, weights = _gauss_legendre(nodes)
+    points, weights = gauss_legendre(nodes)
     low = math.asin(correlation)
     places = torch.tensor([1 + math.sin(0.5 * low * (1 - x)) for x in points], dtype=m.dtype, device=m.device)
     parts = torch.tensor([-0.5 * low * w / (2 * math.pi) for w in weights], dtype=m.dtype, device=m.device)
@@ -100,7 +101,7 @@ def _minus_normal_covariance(m: Tensor, correlation: float, nodes: int = 24) -> 
     return (torch.exp(-h.square() / places) * parts).sum(-1)
 
 
-def _gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
+def gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
     """Nodes and weights on ``[-1, 1]``, by Newton's method on the Legendre polynomial."""
     points, weights = [], []
     for i in range(nodes):

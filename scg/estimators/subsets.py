@@ -31,6 +31,8 @@ class SubsetEstimator(RowEstimator):
             return Support(False, "a replayed outcome is one outcome, not a set")
         if site.pathwise_only:
             return Support(False, site.pathwise_only)
+        if site.rerun_break:
+            return Support(False, site.rerun_break)
         if site.support is None:
             return Support(False, f"{site.family} has no finite support of known size")
         if site.flips > 1:

@@ -24,8 +24,8 @@ class SumAndSample(SubsetEstimator):
 
     with :math:`b_j = \sum_\mathrm{top} p_s f_s + (1 - P_\mathrm{top}) \bar f_{-j}`, the mean over the other sampled
     ones, and :math:`\bar b` the mean over all; for ``m = 1`` both are the mean over the top alone. Liu, Regier,
-    Tripuraneni, Jordan and McAuliffe 2019; the baseline is shared by all terms: with one drawn afresh for each, variance
-    would be left when everything is summed. Ties go to the outcome that comes first in the support. Unbiased.
+    Tripuraneni, Jordan and McAuliffe 2019; the baseline is shared by all terms: with one drawn afresh for each, some
+    variance would be left when everything is summed. Ties go to the outcome that comes first in the support. Unbiased.
     ``k + m`` evaluations. For finite supports.
 
     Args:

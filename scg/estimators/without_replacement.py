@@ -23,7 +23,7 @@ class WithoutReplacement(SubsetEstimator):
 
     with :math:`\kappa` the largest perturbed log probability outside the set. Kool, van Hoof and Welling 2019. Their
     baseline :math:`\sum_u w_u f_u` (made unbiased) is subtracted from :math:`f_s \sum_{u \ne s} w_u + p_s f_s`, not
-    from :math:`f_s`: unbiased as well, since :math:`E[1_{s, u \in S} / (q_s q_u)] = 1`, and a constant added to the cost
+    from :math:`f_s`: unbiased as well, since :math:`E[1_{s, u \in S} / (q_s q_u)] = 1`, and a constant added to a cost
     changes nothing, where theirs scales it by weights that sum to one in expectation only. Without a baseline for one
     row. Unbiased; exact when the set is the whole support. ``k`` evaluations. For finite supports.
 
@@ -59,7 +59,7 @@ class WithoutReplacement(SubsetEstimator):
 
 
 def inclusion_weights(log_p: Tensor, after: Tensor) -> Tensor:
-    """``p / (1 - exp(-p t))`` for log probabilities ``[*N, k]`` of outcomes and the log of the next time ``t``, ``[*N]``."""
+    """``p / (1 - exp(-p t))`` from log probabilities ``[*N, k]`` and the log of the next time ``t``, ``[*N]``."""
     log_x = (log_p + after.unsqueeze(-1)).clamp_max(50.0)  # beyond, 1 - exp(-x) is one to rounding
     x = log_x.exp().clamp_min(torch.finfo(log_p.dtype).tiny)
     log_q = log_x + torch.log(-torch.expm1(-x) / x)
