@@ -30,6 +30,7 @@ GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "Single changes of the draw": (LocalExpectation, MeasureValued),
     "Antithetic draws": (DisARM, ARM, ARMS),
     "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
+    "Learned control variates": (Relax, Rebar),
     "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),
 }
 """The built-in estimators as the documentation orders them."""

@@ -27,7 +27,7 @@ class GumbelRao(Relaxation):
         \hat g = \frac{1}{\tau M} \sum_{m=1}^M J(s_m) \nabla f(D), \quad
         s_m = \mathrm{softmax}((\ell + G_m) / \tau), \quad G_m \sim p(G \mid D)
 
-    Paulus, Maddison and Krause 2021, eq. 13. The mean, and so the bias, is that of the straight-through Gumbel-softmax
+    Paulus, Maddison and Krause 2021. Biased: the mean is that of the straight-through Gumbel-softmax
     at the same temperature, the variance never higher. One evaluation of the costs; the noise costs M softmaxes.
     Bernoulli (two categories, logistic noise), OneHotCategorical.
 

@@ -27,7 +27,7 @@ class ReinMax(Relaxation):
         \hat g = \left(2 J(\pi_D) - \tfrac{1}{2} J(p)\right) \nabla f(D), \quad
         \pi_D = \tfrac{1}{2} (\mathrm{softmax}(\ell / \tau) + D), \quad J(s) = \mathrm{diag}(s) - s s^\top
 
-    with respect to the logits. Liu et al. 2023, algorithm 2. Biased in general; at temperature 1 exact for costs that
+    with respect to the logits. Liu et al. 2023. Biased in general; at temperature 1 exact for costs that
     are quadratic in the draw, cross terms of several independent draws included. One evaluation, at outcomes only.
     Bernoulli (two categories), OneHotCategorical.
 

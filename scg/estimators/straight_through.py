@@ -17,7 +17,7 @@ class StraightThrough(Relaxation):
 
     .. math:: \hat g = \nabla f(D)^\top \nabla_\theta p_\theta, \quad D \sim p_\theta
 
-    Bengio, Léonard and Courville 2013, section 4. Biased: exact for costs linear in the draw; of first order in the
+    Bengio, Léonard and Courville 2013. Biased: exact for costs linear in the draw; of first order in the
     sense of Liu et al. 2023. One evaluation, at outcomes only. Bernoulli, OneHotCategorical.
     """
 
