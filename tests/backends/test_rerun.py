@@ -91,7 +91,7 @@ def test_derivatives_stay_apart_for_rows_and_draws(samples: int) -> None:
     values = (ROWS.unsqueeze(1).expand(-1, samples, -1) if dims else ROWS).clone().requires_grad_()
     found = rerun(run, "top", values, differentiable=True)
     assert found.surrogate is not None
-    (slope,) = torch.autograd.grad(found.surrogate, values)
+    (slope,) = torch.autograd.grad(found.surrogate.sum(), values)
     rows = ROWS.clone().requires_grad_()
     own, shared = by_hand(rows)
     (expected,) = torch.autograd.grad(own.sum() + shared.sum(), rows)
@@ -113,7 +113,7 @@ def test_inner_terms_carry_the_gradient_of_inner_score_sites() -> None:
         with draws:
             found = rerun(run, "top", rows, differentiable=True)
         assert found.surrogate is not None
-        (slope,) = torch.autograd.grad(found.surrogate, rows)
+        (slope,) = torch.autograd.grad(found.surrogate.sum(), rows)
         total += draws.probability * slope * scale
     torch.testing.assert_close(total, expected)
 
@@ -122,9 +122,10 @@ def test_the_gradient_reaches_the_rows_alone() -> None:
     run = interpreter(two_layers, {"*": SCORE})
     rows = ROWS.clone().requires_grad_()
     found = rerun(run, "top", rows, differentiable=True)
-    assert found.surrogate is not None and not found.signal.requires_grad
-    reached = torch.autograd.grad(found.surrogate, [W, C], allow_unused=True)
-    assert all(slope is None for slope in reached)
+    assert found.surrogate is not None
+    reached = torch.autograd.grad(found.surrogate.sum() + found.signal.sum(), [W, C], allow_unused=True)
+    assert reached == (None, None)
+    assert not rerun(run, "top", rows).signal.requires_grad
 
 
 def test_inner_draws_are_fresh_in_each_row() -> None:

@@ -19,7 +19,9 @@ FAMILY = ("local_expectation",)
 """The estimators of any finite support that evaluate single changes."""
 
 
-@pytest.mark.parametrize("name", list(problems("one_hot", "integer_index", "binomial", "not_differentiable", "opaque_cost")))
+@pytest.mark.parametrize(
+    "name", list(problems("one_hot", "integer_index", "binomial", "not_differentiable", "opaque_cost"))
+)
 @pytest.mark.parametrize("estimator", FAMILY)
 def test_unbiased(name: str, estimator: str) -> None:
     problem = PROBLEMS[name]()
