@@ -11,6 +11,7 @@ from scg.estimators.base import Estimator
 from scg.estimators.decoupled_st import DecoupledST
 from scg.estimators.disarm import DisARM
 from scg.estimators.enumerate_ import Enumerate
+from scg.estimators.go_gradient import GoGradient
 from scg.estimators.gumbel_rao import GumbelRao
 from scg.estimators.gumbel_softmax import GumbelSoftmax
 from scg.estimators.local_expectation import LocalExpectation
@@ -27,7 +28,7 @@ from scg.estimators.without_replacement import WithoutReplacement
 
 GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "The three that `auto` chooses from": (Reparam, ScoreFunction, Enumerate),
-    "Single changes of the draw": (LocalExpectation, MeasureValued),
+    "Single changes of the draw": (LocalExpectation, MeasureValued, GoGradient),
     "Antithetic draws": (DisARM, ARM, ARMS),
     "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
     "Learned control variates": (Relax, Rebar),
