@@ -99,6 +99,10 @@ class Estimator:
     formula: ClassVar[str] = ""
     """LaTeX of the gradient estimate."""
 
+    if TYPE_CHECKING:  # a class out of the registry takes the settings of its own; each dataclass has its own signature
+
+        def __init__(self, **settings: Any) -> None: ...
+
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"{self.name}: samples={self.samples} must be at least 1")
