@@ -7,7 +7,6 @@ with the exact gradient; then each of them trains.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class Toy(nn.Module):
 
 def estimators() -> dict[str, tuple[object, int]]:
     """Name -> (estimator, samples)."""
-    score: Any = scg.ESTIMATORS["score_function"]
+    score = scg.ESTIMATORS["score_function"]
     return {
         "score function": (score(baseline=None), 1),
         "score function, moving average": (score(baseline="moving_average"), 1),
