@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from scg.backends.recorder import record_call
+from scg.backends.recorder import CustomFunction, record_call
 from scg.errors import LoweringError
 from scg.ir import Op, TensorType
 from scg.operations import lookup
@@ -234,7 +234,10 @@ def bind(op: Op) -> Callable[..., Any]:
     """A fast public binding of ``op.target`` (an ATen overload object costs about a microsecond more a call)."""
     target = op.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return lambda *args: record_call(target, *args)
+        owner = getattr(target, "__self__", None)
+        custom = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
+        whole = CustomFunction(owner) if custom else target
+        return lambda *args: record_call(whole, *args)
     name = packet_name(target)
     if name in _NOT_PUBLIC:
         return target

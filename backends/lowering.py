@@ -29,6 +29,7 @@ from scg.analysis.support import finite_support
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape
 from scg.backends.coefficients import Coefficient, CoefficientRule
 from scg.backends.credit_sums import credit_sum
+from scg.backends.draw_call import LOOPS, DrawCall
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
 from scg.backends.recorder import compile_time, record_call, record_constant
@@ -257,7 +258,13 @@ class Interpreter:
                 drawn = drawn.permute([*want, *range(len(want), drawn.dim())])
             return Batched(drawn, dims)
 
-        if isinstance(dist, TransformedDistribution) and not self.dist_node(site.dist).template.has_transform_slots:
+        template = self.dist_node(site.dist).template
+        if template.family in LOOPS:
+            params = self.params[site.dist]
+            carries = tuple(bool(param.dims) for param in params)
+            tensors = [self.dims.align(param, carried) for param in params]
+            return place(record_call(DrawCall(template, tuple(self.dims.sizes(carried)), carries, shape), *tensors))
+        if isinstance(dist, TransformedDistribution) and not template.has_transform_slots:
             pathwise = isinstance(site.estimator, PathwiseEstimator)
             before = dist.base_dist.rsample(shape) if pathwise else dist.base_dist.sample(shape).detach()
             self.before_transform[site.name] = place(before)

@@ -11,7 +11,8 @@ import operator
 import types
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,11 @@ def _how_to_call(func: Callable[..., Any], with_kwargs: bool) -> tuple[str, Any]
 def _function_name(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", "")
     return getattr(func, "_opname", name) if isinstance(func, torch._ops.OpOverload) else name
+
+
+def _is_shared(func: Callable[..., Any]) -> bool:
+    """May two equal calls become one? Not those of leaves that may draw."""
+    return getattr(func, "repeatable", True)
 
 
 class Recorder(TorchFunctionMode):
@@ -157,6 +163,10 @@ class Recorder(TorchFunctionMode):
             return self.call(torch.binary_cross_entropy_with_logits, *args, None, None, 0)  # the built-in it calls
         return self.call(func, *args, **kwargs)
 
+    def on_function(self, function: type[torch.autograd.Function], args: tuple[Any, ...]) -> Any:
+        """A custom autograd function met in estimator or distribution code: one call, with its own backward."""
+        return self.call(CustomFunction(function), *args)
+
     def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs ``func`` on fakes and records it as one call, whatever it does inside."""
         flat, spec = tree_flatten((args, kwargs))
@@ -166,7 +176,7 @@ class Recorder(TorchFunctionMode):
         args, kwargs = tree_unflatten(flat, spec)
         name = _function_name(func)
         in_place = name.endswith("_") and not name.endswith("__")
-        key = None if in_place or name in _RANDOM else self._key(func, flat, spec)
+        key = None if in_place or name in _RANDOM or not _is_shared(func) else self._key(func, flat, spec)
         if key is not None and key in self._shared:
             return self._shared[key]
         with torch._C.DisableTorchFunction():
@@ -230,6 +240,22 @@ class Recorder(TorchFunctionMode):
                 if _has_tensor(item):
                     self._track_all(item, self.graph.call_function(operator.getitem, (node, i)))
         return out
+
+
+@dataclass(frozen=True)
+class CustomFunction:
+    """A ``torch.autograd.Function`` as one call of the generated code."""
+
+    function: type[torch.autograd.Function]
+    repeatable: ClassVar[bool] = False  # it may draw
+    __module__ = __name__
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function.apply(*args)
 
 
 def _has_tensor(out: Any) -> bool:

@@ -17,6 +17,7 @@ from scg.backends.higher_order import HigherOrder
 from scg.backends.lowering import Interpreter
 from scg.backends.recorder import Recorder
 from scg.errors import LoweringError
+from scg.interception import intercept_functions
 from scg.ir import Graph, Input, Node, Opaque, Param, Ref, Sample, map_refs
 
 
@@ -92,7 +93,8 @@ def build(
         learning=learning,
         debug=debug,
     )
-    with recorder.fake_mode, torch.set_grad_enabled(learning), recorder:
+    functions = intercept_functions(recorder.on_function)
+    with recorder.fake_mode, torch.set_grad_enabled(learning), functions, recorder:
         outputs = interpreter.run(recorder.named)
     leaves: list[Tensor] = []
     flatten_outputs(outputs, leaves.append)

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.autograd.function import Function, _SingleLevelFunction
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import disable_autocast_cache
 from torch.utils import _pytree as pytree
@@ -25,7 +24,7 @@ from torch.utils import _pytree as pytree
 from scg import ir
 from scg.capture import Captured, Change, captured, restored
 from scg.errors import StateWarning, TraceError
-from scg.interception import intercept
+from scg.interception import intercept, intercept_functions
 from scg.ir import Graph, Ref
 from scg.primitives import handling
 from scg.tracer_frames import traceback_loc
@@ -114,33 +113,9 @@ def _recording(recorder: Recorder, in_parts: bool) -> Iterator[None]:
         stack.enter_context(OperationMode(recorder.tracer, in_parts))
         stack.enter_context(disable_autocast_cache())
         stack.enter_context(intercept(recorder.on_attribute))
-        stack.enter_context(_functions_through(recorder.on_function))
+        stack.enter_context(intercept_functions(recorder.on_function))
         stack.enter_context(handling(recorder))
         yield
-
-
-_local = threading.local()
-
-
-@contextmanager
-def _functions_through(hook: Callable[..., Any]) -> Iterator[None]:
-    """Sends this thread's calls of custom `torch.autograd.Function`s through ``hook``.
-
-    Patched below `Function.apply`, so that an alias taken earlier (``ste = STE.apply``) is seen too.
-    """
-    _local.hook = hook
-    _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        del _SingleLevelFunction.apply  # type: ignore[attr-defined]
-        _local.hook = None
-
-
-def _apply(function: type[Function], *args: Any) -> Any:
-    apply = super(_SingleLevelFunction, function).apply  # type: ignore[misc]
-    hook = getattr(_local, "hook", None)
-    return apply(*args) if hook is None else hook(function, apply, args)
 
 
 def _keep_state(recorder: Recorder, found: Captured, changes: list[Change]) -> None:

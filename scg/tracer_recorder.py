@@ -294,13 +294,13 @@ class Recorder(TorchFunctionMode):
         self.emit(ir.Opaque, fields, fake, spec.fn.__name__)
         return fake
 
-    def on_function(self, function: type[Function], apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def on_function(self, function: type[Function], args: tuple[Any, ...]) -> Any:
         """A custom `torch.autograd.Function`: one node, so that it keeps its own backward."""
         if self._inside or function.__module__.partition(".")[0] == "torch":
-            return apply(*args)
+            return function.apply(*args)
         lifted = map_tensors(self.lift, args)
         with self._quiet():
-            fake = apply(*lifted)
+            fake = function.apply(*lifted)
         outputs = fake if isinstance(fake, tuple) else (fake,)
         if any(output is argument for output in outputs for argument in lifted if isinstance(output, Tensor)):
             raise TraceError(f"{user_loc()}: {function.__name__} writes to its argument: return a new tensor.")
