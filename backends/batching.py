@@ -235,8 +235,9 @@ def bind(op: Op) -> Callable[..., Any]:
     target = op.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         owner = getattr(target, "__self__", None)
-        custom = isinstance(owner, type) and issubclass(owner, torch.autograd.Function)
-        whole = CustomFunction(owner) if custom else target
+        whole = target
+        if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+            whole = CustomFunction(owner)
         return lambda *args: record_call(whole, *args)
     name = packet_name(target)
     if name in _NOT_PUBLIC:

@@ -37,7 +37,8 @@ class HigherOrder(Interpreter):
             exponent = part if exponent is None else self._add(exponent, part)
         if exponent is not None:
             dims = self.dims.union(value.dims, exponent.dims)
-            value = Batched(self.dims.align(value, dims) * self.dims.align(Batched(box(exponent.tensor), exponent.dims), dims), dims)
+            boxed = Batched(box(exponent.tensor), exponent.dims)
+            value = Batched(self.dims.align(value, dims) * self.dims.align(boxed, dims), dims)
         return self.expectation(value, cost).tensor
 
     def _uniform_costs(self) -> Tensor | None:

@@ -16,8 +16,10 @@ from scg.exact import Walk, exact, kept_buffers, objective_of
 from tests.law2 import ForcedDraws
 from tests.problems import PROBLEMS, Problem
 
-NAMES = ["chain", "diamond", "some_costs", "tied_batch", "mixed_batch", "unrolled_loop", "score_below_enumerated",
-         "score_above_enumerated", "learned_coefficient", "sampled_mask", "independent_elbo", "reparam_above_both"]  # fmt: skip
+NAMES = [
+    "chain", "diamond", "some_costs", "tied_batch", "mixed_batch", "unrolled_loop", "score_below_enumerated",
+    "score_above_enumerated", "learned_coefficient", "sampled_mask", "independent_elbo", "reparam_above_both",
+]  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"estimator": ScoreFunction(baseline=None)},
     "moving_average": {"estimator": ScoreFunction(baseline="moving_average")},
@@ -36,10 +38,8 @@ def _expected_hessian(compiled: Any, params: list[Tensor], args: tuple[Any, ...]
         draws = ForcedDraws(walk)
         with kept_buffers([compiled]), draws:
             loss = objective_of(compiled(*args))
-        gradient = _flat(
-            [torch.zeros_like(p) if g is None else g
-             for p, g in zip(params, torch.autograd.grad(loss, params, create_graph=True, allow_unused=True), strict=True)]
-        )  # fmt: skip
+        slopes = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        gradient = _flat([torch.zeros_like(p) if g is None else g for p, g in zip(params, slopes, strict=True)])
         rows = []
         for value in gradient:
             if not value.requires_grad:

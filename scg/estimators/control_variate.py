@@ -2,8 +2,8 @@ r"""Gradients with a learned control variate: what `lax`, `relax` and `rebar` sh
 
 The gradient in a distribution's own parameters is an explicit value :math:`\hat g_\phi` of the program. Its mean does not
 depend on :math:`\phi`, so the gradient of its variance is that of its square, and one draw estimates it without bias:
-:math:`\nabla_\phi \mathrm{Var}(\hat g_\phi) = E[\nabla_\phi \hat g_\phi^2]` (Grathwohl et al. 2018, section 3). It is added
-to the surrogate, where it reaches the parameters of the control variate alone.
+:math:`\nabla_\phi \mathrm{Var}(\hat g_\phi) = E[\nabla_\phi \hat g_\phi^2]` (Grathwohl et al. 2018, section 3). It is
+added to the surrogate, where it reaches the parameters of the control variate alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ControlVariate(nn.Module):
         features = values.permute([*alone, *joined, *range(first + elements, values.dim())])
         features = features.reshape([*(values.shape[axis] for axis in alone), -1])
         weight = next(self.network.parameters())
-        out = self.network(features.to(weight.dtype)).to(values.dtype)
+        out: Tensor = self.network(features.to(weight.dtype)).to(values.dtype)
         return out.reshape([1 if axis in joined else values.shape[axis] for axis in range(first + elements)])
 
 

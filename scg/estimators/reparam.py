@@ -19,7 +19,6 @@ from torch.distributions import (
 from scg.estimators.base import YES, PathwiseEstimator, SiteInfo, Support
 from scg.template import Template
 
-
 _NO_SECOND_DERIVATIVE = {
     "Gamma", "Chi2", "InverseGamma", "Beta", "Dirichlet", "StudentT", "FisherSnedecor", "LKJCholesky",
 }  # fmt: skip

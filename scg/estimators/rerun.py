@@ -7,7 +7,6 @@ changes of a ``[B, D]`` site whose costs are tied over ``B`` are ``D`` rows, not
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
