@@ -226,10 +226,10 @@ def _multivariate(context: SiteContext) -> Tensor:
     moved = torch.cat([torch.where(one, kind, whitened) for kind in kinds])  # [2 or 3 times E, *dims | *elements | E]
     outcomes = loc.detach() + (fixed @ moved.unsqueeze(-1)).squeeze(-1)
     found = context.rerun(one_by_one(context, outcomes))
-    at: tuple[Tensor, ...] = own_rows(context, found.signal).movedim(0, -1).split(size, -1)  # each [*dims | *elements, E]
+    at = own_rows(context, found.signal).movedim(0, -1).split(size, -1)  # each [*dims | *elements, E]
     shift = (at[0] - at[1]) / math.sqrt(2 * math.pi)
     moves = torch.linalg.solve_triangular(fixed, loc.unsqueeze(-1), upper=False).squeeze(-1)
-    term = (moves * shift).sum(-1)
+    term: Tensor = (moves * shift).sum(-1)
     if not tril.requires_grad:
         return term
     spread = at[2] - context.signal.unsqueeze(-1)
