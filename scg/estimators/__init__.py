@@ -8,19 +8,24 @@ from scg.errors import EstimatorError
 from scg.estimators.arm import ARM
 from scg.estimators.arms import ARMS
 from scg.estimators.base import Estimator
+from scg.estimators.bitflip import BitFlip
 from scg.estimators.decoupled_st import DecoupledST
 from scg.estimators.disarm import DisARM
 from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.go_gradient import GoGradient
 from scg.estimators.gumbel_rao import GumbelRao
 from scg.estimators.gumbel_softmax import GumbelSoftmax
+from scg.estimators.lax import Lax
 from scg.estimators.local_expectation import LocalExpectation
 from scg.estimators.lookup import near_miss
 from scg.estimators.measure_valued import MeasureValued
+from scg.estimators.muprop import MuProp
 from scg.estimators.reinmax import ReinMax
 from scg.estimators.relax import Rebar, Relax
 from scg.estimators.reparam import Reparam
 from scg.estimators.score_function import ScoreFunction
+from scg.estimators.stochastic_ad import StochasticAD
+from scg.estimators.spsa import SPSA
 from scg.estimators.straight_through import StraightThrough
 from scg.estimators.sum_and_sample import SumAndSample
 from scg.estimators.unordered_set import UnorderedSet
@@ -28,11 +33,12 @@ from scg.estimators.without_replacement import WithoutReplacement
 
 GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "The three that `auto` chooses from": (Reparam, ScoreFunction, Enumerate),
-    "Single changes of the draw": (LocalExpectation, MeasureValued, GoGradient),
+    "Single changes of the draw": (LocalExpectation, MeasureValued, BitFlip, StochasticAD, GoGradient),
     "Antithetic draws": (DisARM, ARM, ARMS),
     "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
-    "Learned control variates": (Relax, Rebar),
+    "Control variates": (Relax, Rebar, Lax, MuProp),
     "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),
+    "Finite differences": (SPSA,),
 }
 """The built-in estimators as the documentation orders them."""
 

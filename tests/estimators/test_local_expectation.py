@@ -15,7 +15,7 @@ from tests.estimators.mixes import CHAIN, assert_unbiased_in_chain, problems, ti
 from tests.law2 import assert_unbiased
 from tests.problems import PROBLEMS
 
-FAMILY = ("local_expectation",)
+FAMILY = ("local_expectation", "bitflip")
 """The estimators of any finite support that evaluate single changes."""
 
 
