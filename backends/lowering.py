@@ -276,7 +276,7 @@ class Interpreter:
             support = self.supports[site.name]
             if support is not None:
                 support = record_constant(functools.partial(support.to, site.tensor.device, site.tensor.dtype))
-            drawn = site.estimator.draw_rows(dist, shape, support)
+            drawn = site.estimator.draw_rows(dist, shape, support, self._joined_axes(site, len(new), len(carried)))
             self.extras[site.name] = tuple(place(part) for part in drawn.extra)
             if drawn.weight is not None:
                 self.weights[site.name] = place(drawn.weight)
@@ -284,6 +284,11 @@ class Interpreter:
         if isinstance(site.estimator, (PathwiseEstimator, ScoreEstimator)):
             return place(site.estimator.draw(dist, shape))
         return place(dist.sample(shape).detach())
+
+    def _joined_axes(self, site: Sample, new: int, carried: int) -> tuple[int, ...]:
+        """Where the joined elements stand in a draw ``[*new | *sample_shape | *carried | *B]``."""
+        own = len(site.sample_shape)
+        return tuple(new + dim if dim < own else new + carried + dim for dim in self.joined[site.name])
 
     def _support(self, site: Sample) -> Tensor:
         support = self.supports[site.name]

@@ -273,7 +273,7 @@ class Draw:
     value: Tensor
     """Detached rows.  ``[R, *shape | *B | *E]``"""
     weight: Tensor | None = None
-    """Detached weights in the objective, ``[R, *shape | *B]``; None for ``1 / R``."""
+    """Detached weights in the objective, ``[R, *shape | *B]`` with size 1 along joined dims; None for ``1 / R``."""
     extra: tuple[Tensor, ...] = ()
     """What `ScoreEstimator.term` will want again, each ``[R, *shape | …]``."""
 
@@ -289,13 +289,16 @@ class RowEstimator(ScoreEstimator):
         """How many outcomes: the size of the site's own sample dim."""
         raise NotImplementedError
 
-    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None) -> Draw:
+    def draw_rows(
+        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
+    ) -> Draw:
         """All rows of ``shape`` independent draws.
 
         Args:
             dist: the distribution.
             shape: leading i.i.d. dims.
             support: the finite support of one element ``[S, *event]``, where it is known.
+            joined: dims of ``[*shape | *B]`` of which one cost may see several indices.
         """
         raise NotImplementedError
 
