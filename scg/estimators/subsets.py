@@ -1,7 +1,8 @@
-"""What estimators with sets of distinct outcomes share: the support's probabilities, races, what they refuse."""
+"""What the estimators with sets of distinct outcomes share: joint outcomes, races, and what they refuse."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from scg.errors import EstimatorError
 from scg.estimators.base import YES, RowEstimator, SiteContext, SiteInfo, Support
 
 _FLOOR = -1e3
@@ -18,10 +18,14 @@ _FLOOR = -1e3
 
 @dataclass(frozen=True)
 class SubsetEstimator(RowEstimator):
-    """Base of estimators whose rows are distinct outcomes of one element, with weights.
+    """Base of estimators whose rows are distinct outcomes, with weights.
 
-    Every element has a set of its own; elements that meet in no cost share the rows.
+    Elements that meet in a cost have a set of joint outcomes, whose probabilities are all computed; those that meet in
+    none have sets of their own in the same rows.
     """
+
+    limit: int = 2**16
+    """Most joint outcomes."""
 
     weighted: ClassVar[bool] = True
 
@@ -35,17 +39,19 @@ class SubsetEstimator(RowEstimator):
             return Support(False, site.rerun_break)
         if site.support is None:
             return Support(False, f"{site.family} has no finite support of known size")
-        if site.flips > 1:
-            return Support(False, f"it draws a set of outcomes for each element apart, and one cost sees {site.flips} "
-                                  f"elements of this site: sets of joint outcomes are not drawn")  # fmt: skip
         return YES
 
     def check(self, site: SiteInfo) -> Support:
         found = self.supports(site)
-        if found and site.support is not None and self.rows > len(site.support):
-            return Support(False, f"{self.rows} distinct outcomes were asked for, and its support has only "
-                                  f"{len(site.support)}")  # fmt: skip
-        return found
+        if not found or site.support is None:
+            return found
+        outcomes = len(site.support) ** site.flips
+        if outcomes > self.limit:
+            return Support(False, f"one cost or coarse credit sees {site.flips} elements of it, whose {outcomes:.3g} "
+                                  f"joint outcomes are over the limit of {self.limit}")  # fmt: skip
+        if self.rows > outcomes:
+            return Support(False, f"{self.rows} distinct outcomes were asked for, and its support has only {outcomes}")
+        return YES
 
     def race(self, log_p: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The first ``k`` of exponential arrivals at rates ``p``, and when the next one arrives.
@@ -66,33 +72,39 @@ class SubsetEstimator(RowEstimator):
         return order[..., :k], after
 
 
-def support_log_prob(dist: Distribution, shape: torch.Size, support: Tensor) -> Tensor:
-    """Log probabilities of every outcome, detached, finite, at least in float32.  ``[*shape | *B, S]``"""
-    batch = dist.batch_shape
-    outcomes = support.reshape(torch.Size([len(support), *[1] * len(batch), *dist.event_shape]))
-    log_p = dist.log_prob(outcomes).detach()
-    log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32)).clamp_min(_FLOOR)
-    return log_p.movedim(0, -1).expand(torch.Size([*shape, *batch, len(support)]))
+class Outcomes:
+    """The joint outcomes of all joined elements, as one support of each group of them."""
 
+    def __init__(self, dist: Distribution, shape: torch.Size, support: Tensor, joined: tuple[int, ...]) -> None:
+        batch = dist.batch_shape
+        self.support, self.event_ndim = support, len(dist.event_shape)
+        self.joined, elements = joined, torch.Size([*shape, *batch])
+        self.sizes = [elements[dim] for dim in joined]
+        outcomes = support.reshape(torch.Size([len(support), *[1] * len(batch), *dist.event_shape]))
+        log_p = dist.log_prob(outcomes).detach().movedim(0, -1).expand(torch.Size([*elements, len(support)]))
+        log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
+        self._places = [len(elements) - len(joined) + i for i in range(len(joined))]
+        apart = log_p.movedim(joined, self._places)  # [*N, *joined, S]
+        apart = apart.reshape([*apart.shape[: len(elements) - len(joined)], math.prod(self.sizes), len(support)])
+        total = apart[..., 0, :]
+        for other in range(1, apart.shape[-2]):
+            total = (total.unsqueeze(-1) + apart[..., other, None, :]).flatten(-2)
+        self.log_p = total.clamp_min(_FLOOR)
+        """Finite, at least in float32.  ``[*N, outcomes]``"""
 
-def rows_first(chosen: Tensor, event_ndim: int = 0) -> Tensor:
-    """``[*N, k, *event]`` as ``[k, *N, *event]``."""
-    return chosen.movedim(-1 - event_ndim, 0)
+    def rows(self, index: Tensor) -> Tensor:
+        """The outcomes at ``index``, ``[*N, k]``, as rows ``[k, *shape | *B | *E]``."""
+        count, size = math.prod(self.sizes), len(self.support)
+        digits = [index // size ** (count - 1 - i) % size for i in range(count)]
+        apart = torch.stack(digits, -2).reshape([*index.shape[:-1], *self.sizes, index.shape[-1]])
+        value = self.support[apart.movedim(self._places, self.joined)]
+        return value.movedim(-1 - self.event_ndim, 0)
 
-
-def own_signal(context: SiteContext) -> Tensor:
-    """The signal, of which each element must be credited alone: the weights of the others would be missing.
-
-    Raises:
-        EstimatorError: where costs of several elements were added up into one signal.
-    """
-    elements = context.site.element_shape
-    if elements and tuple(context.signal.shape[-len(elements) :]) != elements:
-        raise EstimatorError(
-            f"%{context.site.name}: weighted rows of independent elements need a signal for each; "
-            f"use credit='element', or an estimator without weights"
-        )
-    return context.signal
+    def weights(self, weight: Tensor, extra: int = 0) -> Tensor:
+        """From ``[*N, k]`` and ``extra`` more dims to rows ``[k, *shape | *B]`` with size 1 along joined dims."""
+        kept = weight.dim() - 1 - extra
+        apart = weight.reshape([*weight.shape[:kept], *[1] * len(self.sizes), *weight.shape[kept:]])
+        return apart.movedim(self._places, self.joined).movedim(-1 - extra, 0)
 
 
 def weighted_score(context: SiteContext, weight: Tensor, signal: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from scg.estimators.base import Draw, SiteContext
-from scg.estimators.subsets import SubsetEstimator, own_signal, rows_first, support_log_prob, weighted_score
+from scg.estimators.subsets import Outcomes, SubsetEstimator, weighted_score
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,12 @@ class SumAndSample(SubsetEstimator):
         """How many outcomes are sampled."""
         return self.samples or 1
 
-    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None) -> Draw:
+    def draw_rows(
+        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
+    ) -> Draw:
         assert support is not None
-        log_p = support_log_prob(dist, shape, support)  # [*N, S]
+        outcomes = Outcomes(dist, shape, support, joined)
+        log_p = outcomes.log_p  # [*N, outcomes]
         order = log_p.sort(stable=True, dim=-1, descending=True).indices
         top, rest = order[..., : self.top], order[..., self.top :]
         others = log_p.gather(-1, rest)
@@ -67,13 +70,13 @@ class SumAndSample(SubsetEstimator):
         mass = others.logsumexp(-1, keepdim=True).exp() / self.draws
         weight = torch.cat([log_p.gather(-1, top).exp(), mass.expand(sampled.shape)], -1)  # [*N, k + m]
         index = torch.cat([top, sampled], -1)
-        weight = rows_first(weight)
-        return Draw(rows_first(support[index], len(dist.event_shape)), weight, (weight,))
+        weight = outcomes.weights(weight)
+        return Draw(outcomes.rows(index), weight, (weight,))
 
     def term(self, context: SiteContext) -> Tensor:
         assert context.row_axis is not None
         (weight,) = context.extra  # [*dims | *elements]
-        signal = torch.where(weight > 0, own_signal(context), 0.0)
+        signal = torch.where(weight > 0, context.signal, 0.0)
         return weighted_score(context, weight, signal - self.baseline(weight, signal, context.row_axis))
 
     def baseline(self, weight: Tensor, signal: Tensor, axis: int) -> Tensor:

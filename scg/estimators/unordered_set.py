@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from scg.estimators.base import Draw, SiteContext
-from scg.estimators.subsets import SubsetEstimator, own_signal, rows_first, support_log_prob, weighted_score
+from scg.estimators.subsets import Outcomes, SubsetEstimator, weighted_score
 
 LARGEST = 12
 """Most rows: the probabilities of all their subsets are computed."""
@@ -57,18 +57,20 @@ class UnorderedSet(SubsetEstimator):
     def rows(self) -> int:
         return self.samples or 2
 
-    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None) -> Draw:
+    def draw_rows(
+        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
+    ) -> Draw:
         assert support is not None
-        log_p = support_log_prob(dist, shape, support)
-        index, _ = self.race(log_p, self.rows)
-        weight, leave_one_out = set_weights(log_p, index)
-        parts = (rows_first(weight), rows_first(leave_one_out, 1))
-        return Draw(rows_first(support[index], len(dist.event_shape)), parts[0], parts)
+        outcomes = Outcomes(dist, shape, support, joined)
+        index, _ = self.race(outcomes.log_p, self.rows)
+        weight, leave_one_out = set_weights(outcomes.log_p, index)
+        parts = (outcomes.weights(weight), outcomes.weights(leave_one_out, 1))
+        return Draw(outcomes.rows(index), parts[0], parts)
 
     def term(self, context: SiteContext) -> Tensor:
         assert context.row_axis is not None
         weight, leave_one_out = context.extra  # [*dims | *elements], [*dims | *elements, k]
-        signal = torch.where(weight > 0, own_signal(context), 0.0)
+        signal = torch.where(weight > 0, context.signal, 0.0)
         others = signal.movedim(context.row_axis, -1).unsqueeze(context.row_axis)  # [*dims, 1 row | *elements, k]
         return weighted_score(context, weight, signal - (leave_one_out * others).sum(-1))
 

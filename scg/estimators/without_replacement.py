@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from scg.estimators.base import Draw, SiteContext
-from scg.estimators.subsets import SubsetEstimator, own_signal, rows_first, support_log_prob, weighted_score
+from scg.estimators.subsets import Outcomes, SubsetEstimator, weighted_score
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,19 @@ class WithoutReplacement(SubsetEstimator):
     def rows(self) -> int:
         return self.samples or 2
 
-    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None) -> Draw:
+    def draw_rows(
+        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
+    ) -> Draw:
         assert support is not None
-        log_p = support_log_prob(dist, shape, support)
-        index, after = self.race(log_p, self.rows)
-        weight = rows_first(inclusion_weights(log_p.gather(-1, index), after))
-        return Draw(rows_first(support[index], len(dist.event_shape)), weight, (weight,))
+        outcomes = Outcomes(dist, shape, support, joined)
+        index, after = self.race(outcomes.log_p, self.rows)
+        weight = outcomes.weights(inclusion_weights(outcomes.log_p.gather(-1, index), after))
+        return Draw(outcomes.rows(index), weight, (weight,))
 
     def term(self, context: SiteContext) -> Tensor:
         assert context.row_axis is not None
         (weight,) = context.extra  # [*dims | *elements]
-        signal = torch.where(weight > 0, own_signal(context), 0.0)
+        signal = torch.where(weight > 0, context.signal, 0.0)
         if self.rows == 1:
             return weighted_score(context, weight, signal)
         weights = weight.sum(context.row_axis, keepdim=True)

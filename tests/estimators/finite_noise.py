@@ -146,7 +146,7 @@ def moments(compiled: Any, params: Mapping[str, Tensor], *args: Any) -> dict[str
         draws = ForcedDraws(walk)
         with kept_buffers([compiled] if isinstance(compiled, nn.Module) else []), draws:
             estimate = objective_of(compiled(*args))
-        grads = torch.autograd.grad(estimate, list(params.values()), allow_unused=True)
+            grads = torch.autograd.grad(estimate, list(params.values()), allow_unused=True)
         for name, grad in zip(params, grads, strict=True):
             if grad is not None:
                 first[name] += draws.probability * grad

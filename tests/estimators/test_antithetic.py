@@ -197,7 +197,7 @@ def test_under_autocast(estimator: str) -> None:
 def test_rare_outcomes_are_drawn_in_half_precision() -> None:
     """A uniform in bfloat16 takes 256 values: it would never be below 1e-3."""
     dist = Bernoulli(logits=torch.full([100_000], -7.0, dtype=torch.bfloat16))
-    value = DisARM().draw_rows(dist, torch.Size(), None).value
+    value = DisARM().draw_rows(dist, torch.Size(), None, ()).value
     assert value.dtype == torch.bfloat16
     assert 50 < float(value.float()[0].sum()) < 140
 
@@ -208,7 +208,7 @@ def test_impossible_outcomes_are_not_drawn() -> None:
             return torch.zeros_like(p)
 
     dist = Bernoulli(probs=torch.tensor([0.0, 1.0]))
-    assert Edge().draw_rows(dist, torch.Size(), None).value.tolist() == [[0.0, 1.0], [0.0, 1.0]]
+    assert Edge().draw_rows(dist, torch.Size(), None, ()).value.tolist() == [[0.0, 1.0], [0.0, 1.0]]
 
 
 def test_the_decoder_gets_the_mean_gradient() -> None:
