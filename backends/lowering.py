@@ -30,6 +30,7 @@ from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value
 from scg.backends.coefficients import Coefficient, CoefficientRule
 from scg.backends.credit_sums import credit_sum
 from scg.backends.draw_call import LOOPS, DrawCall
+from scg.backends.multisample import leave_one_out_gain, multisample_bound
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
 from scg.backends.recorder import compile_time, record_call, record_constant
@@ -45,6 +46,7 @@ from scg.estimators.base import (
 )
 from scg.estimators.rows import SAMPLES, joined_dims, own_dims
 from scg.ir import (
+    Bound,
     Cost,
     CreditEdge,
     Depends,
@@ -101,6 +103,8 @@ class Interpreter:
         """Draws of transformed distributions before their transforms, by site."""
         self.extras: dict[str, tuple[Batched, ...]] = {}
         """What row-type estimators kept of their draws, by site."""
+        self.bounds: dict[str, Batched] = {}
+        """Negative log weights of the draws that multi-sample bounds join, by bound."""
         self.weights: dict[str, Batched] = {}
         """Probabilities of the rows of enumerated sites, ``[*dims, R | *elements]``, size 1 along joined dims."""
         self._coefficients = coefficients
@@ -176,6 +180,8 @@ class Interpreter:
                 self.env[node.name] = self._opaque(node)
             case Cost() | Depends():
                 self.env[node.name] = self.env[node.value]
+            case Bound():
+                self.env[node.name] = self._bound(node)
             case _:
                 raise LoweringError(f"%{node.name}: no lowering for a {node.kind} node")
 
@@ -489,8 +495,9 @@ class Interpreter:
         value: Batched = self.env[site.name]
         dims = self.dims.union(self._param_dims(site.dist), value.dims)
         found = self.signal(site, dims)
+        bounds = self._bound_terms(site, dims)
         if found is None:
-            return []
+            return bounds
         signal, scale = found
         assert isinstance(site.estimator, ScoreEstimator)
         context = Context(self, site, dims, signal)
@@ -500,7 +507,7 @@ class Interpreter:
             assert term.shape[rows] == 1, f"{site.estimator.name}: its term must be summed over its own rows"
             term, dims = term.squeeze(rows), tuple(name for name in dims if name != site.name)
         added = [] if context.surrogate is None else [Weighted(context.surrogate, scale)]
-        return [self._mean_of_term(term, site, dims, scale), *added]
+        return [self._mean_of_term(term, site, dims, scale), *added, *bounds]
 
     def _mean_of_term(self, term: Tensor, site: Sample, dims: tuple[str, ...], scale: float) -> Weighted:
         """Sum over elements and a rerun's rows and draws, mean over i.i.d. dims, weighted sum over weighted ones."""
@@ -509,10 +516,43 @@ class Interpreter:
             return Weighted(self.expectation(Batched(term, dims), site.name, self._kept, detach=True).tensor, scale)
         return Weighted(term, scale / math.prod(self.dims.sizes(left)))
 
+    def _edges(self, site: Sample) -> list[CreditEdge]:
+        edges = [edge for (name, _), edge in self.graph.credit.items() if name == site.name]
+        return [edge for edge in edges if not self.coefficients[edge.cost].is_zero]
+
+    # -- multi-sample bounds --------------------------------------------------------------------------------------
+    def _bound(self, node: Bound) -> Batched:
+        """The bound over the draws of the whole program; its value carries them no more."""
+        value: Batched = self.env[node.value]
+        if SAMPLES not in value.dims:
+            return value
+        axis = value.dims.index(SAMPLES)
+        self.bounds[node.name] = value
+        return Batched(multisample_bound(value.tensor, axis, node.alpha), tuple(d for d in value.dims if d != SAMPLES))
+
+    def _bound_of(self, cost: str) -> Bound | None:
+        node = self.graph[cost]
+        assert isinstance(node, Cost)
+        bound = self.graph[node.value]
+        return bound if isinstance(bound, Bound) and bound.name in self.bounds else None
+
+    def _bound_terms(self, site: Sample, dims: tuple[str, ...]) -> list[Weighted]:
+        """VIMCO: each draw's score times the bound less what it would be had the draw weighed as the others do."""
+        parts = []
+        for edge in self._edges(site):
+            bound = self._bound_of(edge.cost)
+            if bound is None:
+                continue
+            value = self.bounds[bound.name]
+            axis = value.dims.index(SAMPLES)
+            gain = leave_one_out_gain(value.tensor.detach(), axis, bound.alpha) * self.dims.size(SAMPLES)
+            share = self._make_credit(edge, dims, 1.0, Batched(gain, value.dims))
+            parts.append(self._mean_of_term(Context(self, site, dims, share).score_times(share), site, dims, 1.0))
+        return parts
+
     def signal(self, site: Sample, dims: tuple[str, ...]) -> tuple[Tensor, float] | None:
         """The credited cost-to-go ``[*dims | *elements]`` (size 1 where it does not vary) and a factor taken out."""
-        edges = [edge for (name, _), edge in self.graph.credit.items() if name == site.name]
-        edges = [edge for edge in edges if not self.coefficients[edge.cost].is_zero]
+        edges = [edge for edge in self._edges(site) if self._bound_of(edge.cost) is None]
         if not edges:
             return None
         uniform = [self.coefficients[edge.cost].uniform for edge in edges]
@@ -599,8 +639,10 @@ class Interpreter:
                     total = total + _by_row(term.tensor) * (term.factor / scale)
         return total
 
-    def _make_credit(self, edge: CreditEdge, dims: tuple[str, ...], scale: float) -> Tensor:
-        cost = self._detached_cost(edge.cost)
+    def _make_credit(
+        self, edge: CreditEdge, dims: tuple[str, ...], scale: float, cost: Batched | None = None
+    ) -> Tensor:
+        cost = self._detached_cost(edge.cost) if cost is None else cost
         value = self.expectation(cost, edge.cost, keep=dims, detach=True)
         tensor = self.dims.align(value, dims, full=False) if value.dims else value.tensor
         if not value.dims and dims:
@@ -731,22 +773,37 @@ class Context:
         return self._of.rerun(self._site, self.dims, values if differentiable else values.detach(), differentiable)
 
     def variables(self) -> tuple[Distribution, list[Tensor], list[Tensor]]:
-        interpreter, ref = self._of, self._site.dist
-        template, own = interpreter.dist_node(ref).template, self._site.sample_shape
-        prefix = (*interpreter.dims.sizes(self.dims), *own)
-        free, fixed, tensors = [], [], []
-        for param, event in zip(interpreter.params[ref], template.event_dims, strict=True):
-            tensor = param.tensor
-            if param.dims:
-                tensor = tensor.reshape([*interpreter._lead(param, self.dims), *[1] * len(own), *param.shape])
-            if tensor.requires_grad:
-                slot = param.shape[param.ndim - event :]
-                fixed.append(tensor.expand([*prefix, *template.batch_shape, *slot]))
-                tensor = self.variable(fixed[-1])
-                free.append(tensor)
-            tensors.append(tensor)
-        carries = [bool(p.dims) or p.tensor.requires_grad for p in interpreter.params[ref]]
-        return template.rebuild(tensors, prefix=prefix, carries=carries), free, fixed
+        fixed = self.parameters()
+        free = {slot: self.variable(tensor) for slot, tensor in fixed.items()}
+        return self.distribution(free), list(free.values()), list(fixed.values())
+
+    def parameters(self) -> dict[int, Tensor]:
+        template, prefix = self.site.template, self._prefix
+        found = {}
+        for slot, (param, event) in enumerate(zip(self._params, template.event_dims, strict=True)):
+            if param.tensor.requires_grad:
+                shape = param.shape[param.ndim - event :]
+                found[slot] = self._placed(param).expand([*prefix, *template.batch_shape, *shape])
+        return found
+
+    def distribution(self, parameters: Mapping[int, Tensor]) -> Distribution:
+        tensors = [parameters.get(slot, self._placed(param)) for slot, param in enumerate(self._params)]
+        carries = [bool(param.dims) or slot in parameters for slot, param in enumerate(self._params)]
+        return self.site.template.rebuild(tensors, prefix=self._prefix, carries=carries)
+
+    @property
+    def _params(self) -> list[Batched]:
+        return self._of.params[self._site.dist]
+
+    @property
+    def _prefix(self) -> tuple[int, ...]:
+        return (*self._of.dims.sizes(self.dims), *self._site.sample_shape)
+
+    def _placed(self, param: Batched) -> Tensor:
+        if not param.dims:
+            return param.tensor
+        lead = self._of._lead(param, self.dims)
+        return param.tensor.reshape([*lead, *[1] * len(self._site.sample_shape), *param.shape])
 
     def add(self, surrogate: Tensor) -> None:
         """Adds a scalar to the surrogate, in the units of the signal: the pathwise part of a control variate."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from scg.backends.batching import Batched
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.recorder import record_call
-from scg.ir import Cost, Depends, Dist, LogProb, Node, Op, Opaque, Sample, map_refs
+from scg.ir import Bound, Cost, Depends, Dist, LogProb, Node, Op, Opaque, Sample, map_refs
 
 if TYPE_CHECKING:
     from scg.backends.lowering import Interpreter
@@ -62,7 +62,7 @@ class SingleDraw:
                 plain = map_refs(lambda ref: self.env[ref].tensor, tuple(node.args))
                 out = record_call(OpaqueCall(node, (), tuple(False for _ in plain)), *plain)
                 self.env[node.name] = Batched(out) if isinstance(out, Tensor) else tuple(Batched(o) for o in out)
-            case Cost() | Depends():
+            case Cost() | Depends() | Bound():
                 self.env[node.name] = self.env[node.value]
 
     def _row(self, value: Any) -> Any:

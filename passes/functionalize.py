@@ -31,6 +31,7 @@ from torch._subclasses import FakeTensorMode
 from scg.errors import TraceError
 from scg.ir import (
     Cost,
+    Bound,
     Depends,
     Dist,
     Graph,
@@ -223,7 +224,7 @@ class _Functionalizer:
         """The node's value without its data: shape, strides and memory as they will be."""
         if isinstance(node, Param):
             return self.mode.from_tensor(self.graph.tensors[node.path])
-        if isinstance(node, (Cost, Depends, Sample)) and node.value is not None:
+        if isinstance(node, (Bound, Cost, Depends, Sample)) and node.value is not None:
             return self.fakes[node.value]
         if isinstance(node, Op) and self.counters is None:
             try:

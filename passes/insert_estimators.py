@@ -23,7 +23,7 @@ from scg.estimators import ESTIMATORS, Estimator, get_estimator
 from scg.estimators.base import EnumeratingEstimator, SiteInfo
 from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, own_dims, rerun_break
 from scg.estimators.score_function import ScoreFunction
-from scg.ir import Cost, Depends, Dist, Graph, Input, LogProb, Node, Op, Param, Sample, TensorType
+from scg.ir import Bound, Cost, Depends, Dist, Graph, Input, LogProb, Node, Op, Param, Sample, TensorType
 from scg.operations import is_linear
 
 AUTO_ROWS = 32
@@ -99,6 +99,8 @@ class _Choice:
                     f"%{site.name} ({site.loc}): {explicit.name!r} is biased and allow_biased=False was given; "
                     f"unbiased and fitting: {', '.join(self._fitting(info, unbiased=True))}"
                 )
+            if info.multisample and not explicit.bounds:
+                raise self._misfit(site, explicit, "it does not know multi-sample bounds", info)
             if explicit.orders < options.order:
                 raise self._misfit(site, explicit, "its second derivative is not right, and order=2 was given", info)
             self._check_draws(site, explicit)
@@ -218,6 +220,7 @@ class _Choice:
             event_ndim=site.tensor.event_ndim,
             support=support,
             order=self.options.order,
+            multisample=self._joins(site),
             rows=None if support is None else enumeration_rows(self.graph, self.found, site, len(support)),
             replayed=site.value is not None or self._declared(site),
             bound=moving_bound(self.graph, dist),
@@ -227,6 +230,21 @@ class _Choice:
             joined=joined_dims(self.graph, self.found, site),
             rerun_break=rerun_break(self.graph, site),
         )
+
+    def _joins(self, site: Sample) -> bool:
+        """Does a multi-sample bound over several draws stand between the site and a cost?"""
+        if self.options.samples < 2:
+            return False
+        bounds = {node.name for node in self.graph.of(Bound) if site.name in self.found.sites(node.name)}
+        for name, cost in self.graph.credit:
+            above = bounds & self.graph.ancestors([cost]) if name == site.name else set()
+            node = self.graph[cost]
+            assert isinstance(node, Cost)
+            if above and node.value not in above:
+                raise EstimatorError(
+                    f"%{node.value} ({node.loc}): a multi-sample bound must reach the objective through linear operations"
+                )
+        return any(name == site.name and self.graph.ancestors([cost]) & bounds for name, cost in self.graph.credit)
 
     def _declared(self, site: Sample) -> bool:
         return any(node.on == site.name for node in self.graph.of(Depends))

@@ -11,13 +11,14 @@ Schulman et al. 2015, section 3; without it credit assignment finds one global c
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 
 import torch
 from torch import Tensor
 
 from scg.analysis.influence import Influence, Relation, influence
-from scg.ir import Cost, Graph, Node, Op, Ref, Sample, TensorType, map_refs
+from scg.ir import Bound, Cost, Graph, Node, Op, Ref, Sample, TensorType, map_refs
 from scg.operations import is_linear, lookup
 
 
@@ -54,7 +55,8 @@ class _Split:
         for name in self.graph.nodes:  # topological, so operands come first
             if name in region:
                 node = self.graph[name]
-                below = any(self._worth.get(ref, False) for ref in self._influenced(node))
+                operands = self._influenced(node)
+                below = any(self._worth.get(ref, False) or isinstance(self.graph[ref], Bound) for ref in operands)
                 self._worth[name] = below or isinstance(node, Cost) or self._loses(node)
         labels: dict[str, str] = {}
         seen: set[str] = set()
@@ -177,13 +179,23 @@ def _insert(graph: Graph, cuts: dict[str, str], tail: set[str]) -> Graph:
 
     cost_of: dict[str, str] = {}
     taken = set(graph.nodes) - set(dissolved)
+    read_below = {real(ref) for node in graph if node.name not in tail | set(dissolved) for ref in node.inputs}
+    copies: dict[str, str] = {}
+    """Tail nodes that the rest of the program reads too: the tail gets its own."""
     nodes: list[Node] = []
     for node in graph:
         if node.name in dissolved:
             continue
-        inside = node.name in tail
-        rewired = node.rewire(lambda ref, inside=inside: _tail_ref(real(ref), cost_of) if inside else real(ref))  # type: ignore[misc]
-        nodes.append(rewired)
+        plain = node.rewire(real)
+        if node.name in tail:
+            inside = node.rewire(lambda ref: _tail_ref(real(ref), cost_of | copies))
+            if node.name in read_below:
+                nodes.append(plain)
+                copies[node.name] = _fresh(f"{node.name}_tail", taken)
+                taken.add(copies[node.name])
+                inside = dataclasses.replace(inside, name=copies[node.name])
+            plain = inside
+        nodes.append(plain)
         label = cuts.get(node.name)
         if label is None:
             continue
@@ -191,14 +203,14 @@ def _insert(graph: Graph, cuts: dict[str, str], tail: set[str]) -> Graph:
         taken.add(name)
         cost_of[node.name] = name
         assert isinstance(node.type, TensorType)
-        plain = TensorType(node.type.dtype, node.type.shape, device=node.type.device)
+        type_ = TensorType(node.type.dtype, node.type.shape, device=node.type.device)
         nodes.append(
-            Cost(name=name, type=plain, loc=node.loc, scope=node.scope, value=Ref(node.name), label=label or node.name,
+            Cost(name=name, type=type_, loc=node.loc, scope=node.scope, value=Ref(node.name), label=label or node.name,
                  declared=bool(label))
         )  # fmt: skip
-    objective = _tail_ref(real(graph.objective), cost_of)
+    objective = _tail_ref(real(graph.objective), cost_of | copies)
     outputs = map_refs(lambda ref: objective if ref == graph.objective else real(ref), graph.outputs)
-    kept = frozenset(name for name in tail if name not in dissolved)
+    kept = frozenset(copies.get(name, name) for name in tail if name not in dissolved)
     return graph.with_nodes(nodes, objective=objective, outputs=outputs, tail=kept)
 
 

@@ -23,8 +23,9 @@ from scg.errors import (
 from scg.estimators import ESTIMATORS
 from scg.exact import exact
 from scg.ir import Graph
+from scg.measure import gradcheck
 from scg.pipeline import CompiledModule, compile, trace
-from scg.primitives import cost, depends, opaque, sample
+from scg.primitives import cost, depends, multisample, opaque, sample
 
 __version__ = "0.1.0"
 
@@ -43,7 +44,9 @@ __all__ = [
     "cost",
     "depends",
     "exact",
+    "gradcheck",
     "gradient_samples",
+    "multisample",
     "opaque",
     "sample",
     "trace",

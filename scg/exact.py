@@ -60,6 +60,13 @@ def exact(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor,
         >>> print(f"{value:.6f} {grads['theta']:.6f}")
         0.250001 0.000500
     """
+    return exact_within(MAX_OUTCOMES, model, args, kwargs)
+
+
+def exact_within(
+    most: int, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`exact`, refused where there are more than ``most`` joint outcomes."""
     found = captured(model)
     params = {path: tensor for path, tensor in found.tensors.items() if tensor.requires_grad}
     expectation = 0.0
@@ -67,7 +74,7 @@ def exact(model: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor,
     dtype = torch.get_default_dtype()
     generator = torch.get_rng_state()
     watch: AbstractContextManager[Any] = _NamesOtherNoise()  # type: ignore[no-untyped-call]
-    walk = Walk()
+    walk = Walk(most)
     while walk.more():
         with kept_state(found.modules.values()), torch.enable_grad():
             draws = Draws(walk)
@@ -113,7 +120,8 @@ class Walk:
     [(0,), (1, 0), (1, 1)]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_OUTCOMES) -> None:
+        self._most = most
         self._path: list[list[int]] = []  # [choice taken, number of choices] of each step
         self._step = 0
         self._runs = 0
@@ -128,8 +136,8 @@ class Walk:
             self._path[-1][0] += 1
         self._step = 0
         self._runs += 1
-        if self._runs > MAX_OUTCOMES:
-            raise EstimatorError(f"more than {MAX_OUTCOMES:,} joint outcomes: too many to sum one by one.")
+        if self._runs > self._most:
+            raise EstimatorError(f"more than {self._most:,} joint outcomes: too many to sum one by one.")
         return True
 
     def choose(self, count: int) -> int:
@@ -137,9 +145,9 @@ class Walk:
         if self._step == len(self._path):
             self._path.append([0, count])
             outcomes = math.prod(choices for _, choices in self._path)
-            if self._runs == 1 and outcomes > MAX_OUTCOMES:
+            if self._runs == 1 and outcomes > self._most:
                 raise EstimatorError(
-                    f"{outcomes:,} joint outcomes and more are too many to sum one by one (at most {MAX_OUTCOMES:,}).\n"
+                    f"{outcomes:,} joint outcomes and more are too many to sum one by one (at most {self._most:,}).\n"
                     "  Use fewer elements: a smaller batch, or fewer latents."
                 )
         choice, choices = self._path[self._step]
@@ -190,6 +198,9 @@ class Draws:
 
     def depends(self, value: Tensor, on: Tensor, dims: tuple[str, ...]) -> Tensor:
         raise self._replayed("scg.depends declares an influence outside the program")
+
+    def multisample(self, value: Tensor, alpha: float) -> Tensor:
+        return value
 
     def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not spec.pure:

@@ -314,6 +314,21 @@ class Depends(Node):
         return f"{self.value!r} on {self.on!r} dims=({','.join(self.dims)})"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bound(Node):
+    """A multi-sample bound over the program's K draws of ``value``, a negative log weight; with one draw, ``value``."""
+
+    value: Ref
+    alpha: float = 0.0
+    """0 for the importance-weighted bound, else the order of the Renyi bound."""
+
+    _edges = ("value",)
+    kind = "bound"
+
+    def describe(self) -> str:
+        return f"{self.value!r} alpha={self.alpha:g}"
+
+
 @dataclass(frozen=True)
 class CreditEdge:
     """Which elements of a cost teach which elements of a site: a box of site elements for each cost element."""

@@ -41,6 +41,8 @@ class Handler(Protocol):
 
     def depends(self, value: Tensor, on: Tensor, dims: tuple[str, ...]) -> Tensor: ...
 
+    def multisample(self, value: Tensor, alpha: float) -> Tensor: ...
+
     def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
 
@@ -89,6 +91,29 @@ def cost(value: Tensor, name: str) -> Tensor:
     """Names a term of the objective; the identity on ``value``."""
     handler = active_handler()
     return value if handler is None else handler.cost(value, name)
+
+
+def multisample(value: Tensor, objective: str = "iwae", *, alpha: float = 0.0) -> Tensor:
+    r"""Turns negative log weights into a bound over the K draws of ``scg.compile(…, samples=K)``.
+
+    .. math:: -\frac{1}{1 - \alpha} \log \frac1K \sum_k w_k^{1 - \alpha}, \qquad \log w_k = -\mathtt{value}_k
+
+    Burda, Grosse and Salakhutdinov 2016 (``"iwae"``, :math:`\alpha = 0`); Li and Turner 2016, eq. 7 (``"renyi"``). The
+    bound is taken for each element of ``value``: keep independent examples apart, and sum or average them afterwards.
+    Score-type sites below it get the baselines of VIMCO (Mnih and Rezende 2016). With one draw, and outside `compile`,
+    it is ``value``.
+
+    Args:
+        value: Negative log weight of each example, ``[*B]``, such as ``-(log p(x, z) - log q(z))``.
+        objective: ``"iwae"`` or ``"renyi"``.
+        alpha: Order of the Renyi bound, below 1.
+    """
+    if objective not in ("iwae", "renyi"):
+        raise ValueError(f"multisample(objective={objective!r}): use 'iwae' or 'renyi'")
+    if alpha >= 1 or (objective == "iwae" and alpha != 0):
+        raise ValueError(f"multisample(alpha={alpha}): below 1 for 'renyi', and 0 for 'iwae'")
+    handler = active_handler()
+    return value if handler is None else handler.multisample(value, alpha)
 
 
 def depends(value: Tensor, on: Tensor, dims: Sequence[str] = ()) -> Tensor:

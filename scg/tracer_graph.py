@@ -88,7 +88,7 @@ class Converter:
         if kind is ir.Cost:
             fields["label"] = self.names[node]
         ref = self._add(kind(name=self.names[node], type=type_, loc=fact.loc, scope=fact.scope, **fields))
-        if fact.no_grad and kind in (ir.LogProb, ir.Op, ir.Cost, ir.Depends):
+        if fact.no_grad and kind in (ir.LogProb, ir.Op, ir.Cost, ir.Depends, ir.Bound):
             return self._detached_ref(ref, fact)
         return ref
 

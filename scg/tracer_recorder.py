@@ -279,6 +279,13 @@ class Recorder(TorchFunctionMode):
         self.emit(ir.Depends, {"value": self.node_of(value), "on": site, "dims": dims}, fake, "depends")
         return fake
 
+    def multisample(self, value: Tensor, alpha: float) -> Tensor:
+        value = self.lift(value)
+        with self._quiet():
+            fake = value.view_as(value)
+        self.emit(ir.Bound, {"value": self.node_of(value), "alpha": alpha}, fake, "bound")
+        return fake
+
     def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = inspect.signature(spec.fn).bind(*args, **kwargs)
         bound.apply_defaults()

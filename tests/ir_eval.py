@@ -60,7 +60,7 @@ def _run(node: ir.Node, values: dict[str, Any], leaves: list[Tensor], graph: Gra
             return value.detach() if node.data else value
         case ir.LogProb():
             return get(node.dist).log_prob(get(node.value))
-        case ir.Cost() | ir.Depends():
+        case ir.Cost() | ir.Depends() | ir.Bound():
             return get(node.value)
         case ir.Opaque():
             with torch.no_grad():

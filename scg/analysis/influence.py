@@ -29,6 +29,7 @@ from scg.analysis import rules
 from scg.analysis.decompose import decompose
 from scg.analysis.rules import Call, Depths, Shape, Unknown
 from scg.ir import (
+    Bound,
     Cost,
     Depends,
     Dist,
@@ -307,7 +308,7 @@ class _Analysis:
         match node:
             case Op():
                 return self._op(node)
-            case Cost():
+            case Cost() | Bound():
                 return self.states.get(node.value, ())
             case Dist():
                 return self._through(node, node.params, partial(_dist, node), None)

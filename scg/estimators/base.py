@@ -14,6 +14,7 @@ The backend dispatches on these four, never on a name.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -53,6 +54,8 @@ class SiteInfo:
     rows: int | None = None
     """Rows that exact enumeration needs, where the support is finite: support size to the power of joined elements."""
     replayed: bool = False
+    multisample: bool = False
+    """Whether it stands below a bound that joins the draws of the whole program."""
     order: int = 1
     """The highest derivative that was asked for."""
     bound: str | None = None
@@ -93,6 +96,8 @@ class Estimator:
     name: ClassVar[str] = ""
     """The name users write, the same in code, docs and tests."""
     unbiased: ClassVar[bool] = True
+    bounds: ClassVar[bool] = False
+    """Whether it may stand below a multi-sample bound."""
     orders: ClassVar[int] = 1
     """Derivatives that its surrogate gets right: 2 means all of them."""
     reference: ClassVar[str] = ""
@@ -142,6 +147,8 @@ class Estimator:
 
 class PathwiseEstimator(Estimator):
     """The draw carries the derivative."""
+
+    bounds: ClassVar[bool] = True
 
     @property
     def stops_score(self) -> bool:
@@ -231,6 +238,15 @@ class SiteContext(Protocol):
             The distribution, the variables, and the parameters they stand for: all
             ``[*dims | *elements | event dims of the slot]``.
         """
+
+    def parameters(self) -> dict[int, Tensor]:
+        """The parameters with a gradient, by their slot in the template, each of full size.
+
+        ``[*dims | *elements | event dims of the slot]``
+        """
+
+    def distribution(self, parameters: Mapping[int, Tensor]) -> Distribution:
+        """The distribution at other values of some `parameters`."""
 
     def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
         """``d scalar / d wrt`` as a value of the program, itself differentiable if asked.  The shape of ``wrt``"""

@@ -31,6 +31,8 @@ class Enumerate(EnumeratingEstimator):
     def supports(cls, site: SiteInfo) -> Support:
         if site.replayed:
             return Support(False, "a replayed outcome is one outcome: there is nothing to enumerate")
+        if site.multisample:
+            return Support(False, "a multi-sample bound joins draws, and an expectation is not one")
         if site.pathwise_only:
             return Support(False, site.pathwise_only)
         if site.support is None or site.rows is None:

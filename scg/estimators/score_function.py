@@ -35,6 +35,7 @@ class ScoreFunction(ScoreEstimator):
     name: ClassVar[str] = "score_function"
     unbiased: ClassVar[bool] = True
     orders: ClassVar[int] = 2
+    bounds: ClassVar[bool] = True
     reference: ClassVar[str] = "Williams 1992; Schulman et al. 2015"
     formula: ClassVar[str] = r"(Q - b)\, \nabla_\theta \log p_\theta(z)"
 
