@@ -21,6 +21,7 @@ LAYERS = (
     {"primitives", "capture", "holder", "tracer"},
     {"exact"},
     {"pipeline", "diagnostics"},
+    {"measure"},
 )
 """Each may import from its own layer and those above it in this list; ``tracer`` stands for ``tracer_*`` as well."""
 
