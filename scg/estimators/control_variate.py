@@ -1,9 +1,11 @@
 r"""Gradients with a learned control variate: what `lax`, `relax` and `rebar` share.
 
-The gradient in a distribution's own parameters is an explicit value :math:`\hat g_\phi` of the program. Its mean does not
-depend on :math:`\phi`, so the gradient of its variance is that of its square, and one draw estimates it without bias:
-:math:`\nabla_\phi \mathrm{Var}(\hat g_\phi) = E[\nabla_\phi \hat g_\phi^2]` (Grathwohl et al. 2018, section 3). It is
-added to the surrogate, where it reaches the parameters of the control variate alone.
+The gradient in a distribution's own parameters is an explicit value :math:`\hat g_\phi` of the program. Its mean does
+not depend on :math:`\phi`, so the gradient of its variance is that of its square, and one draw estimates it without bias:
+
+.. math:: \nabla_\phi \mathrm{Var}(\hat g_\phi) = E[\nabla_\phi \hat g_\phi^2]
+
+(Grathwohl et al. 2018, section 3). It is added to the surrogate, where it reaches the control variate alone.
 """
 
 from __future__ import annotations

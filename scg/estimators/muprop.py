@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, Geometric, NegativeBinomial, OneHotCategorical, Poisson
 
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
-from scg.estimators.rerun import sum_joined
+from scg.estimators.rerun import sum_joined, sum_like
 
 _WITH_MEAN = (Bernoulli, OneHotCategorical, Binomial, Poisson, Geometric, NegativeBinomial)
 
@@ -22,9 +22,9 @@ class MuProp(RerunEstimator):
         \hat g = \sum_i \big(Q_i(z) - Q_i(\mu) - \nabla Q(\mu)^\top (z - \mu)\big) \nabla_\theta \log p_\theta(z_i)
                  + \nabla Q(\mu)^\top \nabla_\theta \mu
 
-    Gu et al. 2016, eq. 4. Unbiased whatever slope is taken, so that a cost without a derivative is legal and merely gains
-    nothing from it. One further evaluation, at the mean, differentiated. Bernoulli, OneHotCategorical, Binomial, Poisson,
-    Geometric, NegativeBinomial: draws that are numbers, not an index.
+    Gu et al. 2016, eq. 4. Unbiased whatever slope is taken, so that a cost without a derivative is legal and merely
+    gains nothing from it. One further evaluation, at the mean, differentiated. Bernoulli, OneHotCategorical, Binomial,
+    Poisson, Geometric, NegativeBinomial: draws that are numbers, not an index.
     """
 
     name: ClassVar[str] = "muprop"
@@ -58,4 +58,5 @@ class MuProp(RerunEstimator):
             return product.flatten(-event).sum(-1) if event else product
 
         expansion = found.signal[0].detach() + sum_joined(context, along(value - mean.detach()))
-        return context.score_times(context.signal - expansion) + along(mean)
+        term = context.score_times(context.signal - expansion)
+        return term + sum_like(along(mean), term)

@@ -23,8 +23,8 @@ class Relax(RerunEstimator):
         c_\phi(z) = \eta\, Q(\sigma_\tau(z)) + r_\rho(\sigma_\tau(z))
 
     Grathwohl et al. 2018, eq. 8 and section 3.2: ``z`` is the perturbed logits that are rounded to the draw ``b``, and
-    ``z~`` another draw of them given ``b``, both reparameterized. The temperature, the scale and the network are trained
-    by the variance of the gradient in the site's logits, in the same ``backward()``. Unbiased for any of their values,
+    ``z~`` another draw of them given ``b``, both reparameterized. The temperature, the scale and the network are
+    trained by the variance of the gradient in the site's logits, in the same ``backward()``. Unbiased for any values,
     where the cost is continuous and differentiable in the relaxed draw. Two further evaluations, one of them
     differentiated. Bernoulli, OneHotCategorical.
 

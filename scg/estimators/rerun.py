@@ -96,3 +96,9 @@ def sum_joined(context: SiteContext, tensor: Tensor) -> Tensor:
     first = tensor.dim() - len(context.site.element_shape)
     axes = [first + dim for dim in context.joined]
     return tensor.sum(axes, keepdim=True) if axes else tensor
+
+
+def sum_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Sums a full ``[*dims | *elements]`` along the dims where ``like`` has size 1, so that the two can be added."""
+    axes = [axis for axis, size in enumerate(like.shape) if size == 1 and tensor.shape[axis] > 1]
+    return tensor.sum(axes, keepdim=True) if axes else tensor

@@ -18,19 +18,19 @@ from scg.estimators.rerun import sum_joined
 class StochasticAD(RerunEstimator):
     r"""The jump of the cost to the one alternative that an infinitesimal change would have drawn, times its rate.
 
-    .. math:: \hat g = \frac{\sum_j w_j}{w_i}\, w_i\, s_i\, (Q_i(z_{-i}, z_i + s_i) - Q_i(z))\, \nabla_\theta \theta_i,
+    .. math:: \hat g = \Big(\sum_j w_j\Big)\, (Q_i(z_{-i}, z_i + s_i) - Q_i(z))\, \nabla_\theta \theta_i,
               \quad P(i) \propto w_i
 
     Arya et al. 2022: as ``theta_i`` grows by ``h``, an inverse-cdf draw moves from ``z_i`` to its neighbour
-    ``z_i + s_i`` with probability ``h w_i``. Of all elements that one cost may see one alternative is kept (pruning), with
-    probability proportional to its rate. Unbiased, also below costs that are not differentiable. One further evaluation
+    ``z_i + s_i`` with probability ``h w_i``. Of all elements that one cost may see one alternative is kept (pruning),
+    with probability proportional to its rate. Unbiased, also below costs that are not differentiable. One further evaluation
     for any number of elements; the program below draws afresh. Bernoulli, Binomial, Poisson, Geometric.
     """
 
     name: ClassVar[str] = "stochastic_ad"
     unbiased: ClassVar[bool] = True
     reference: ClassVar[str] = "Arya et al. 2022"
-    formula: ClassVar[str] = r"\big(\sum_j w_j\big)\, s_i\, (Q_i(z_{-i}, z_i + s_i) - Q_i(z))\, \nabla_\theta \theta_i"
+    formula: ClassVar[str] = r"\big(\sum_j w_j\big)\, (Q_i(z_{-i}, z_i + s_i) - Q_i(z))\, \nabla_\theta \theta_i"
 
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:
