@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,8 +38,22 @@ def split_costs(graph: Graph, credit: str = "element") -> Graph:
         whole = graph.objective
         while isinstance(node := graph[whole], Cost):
             whole = node.value
-        return _insert(graph, {str(whole): ""} if found.sites(whole) else {}, set())
+        return _insert(graph, {str(whole): Label()} if found.sites(whole) else {}, set())
     return _insert(graph, split.cuts(), split.tail)
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a cost is called: as `scg.cost` says, else after the variable nearest to it on the way to the objective."""
+
+    text: str = ""
+    declared: bool = False
+
+    def of(self, node: Node) -> Label:
+        """The label of what ``node`` is computed from, and of itself."""
+        if isinstance(node, Cost):
+            return Label(node.label, node.declared)
+        return Label(node.variable) if node.variable and not self.declared else self
 
 
 class _Split:
@@ -49,7 +64,7 @@ class _Split:
         self.tail: set[str] = set()
         self._worth: dict[str, bool] = {}
 
-    def cuts(self) -> dict[str, str]:
+    def cuts(self) -> dict[str, Label]:
         """Names of the nodes to cut at, with the user's label for each where there is one."""
         region = self._linear_region()
         for name in self.graph.nodes:  # topological, so operands come first
@@ -58,9 +73,9 @@ class _Split:
                 operands = self._influenced(node)
                 below = any(self._worth.get(ref, False) or isinstance(self.graph[ref], Bound) for ref in operands)
                 self._worth[name] = below or isinstance(node, Cost) or self._loses(node)
-        labels: dict[str, str] = {}
+        labels: dict[str, Label] = {}
         seen: set[str] = set()
-        stack: list[tuple[str, str]] = [(str(self.graph.objective), "")]
+        stack = [(str(self.graph.objective), Label())]
         while stack:
             name, label = stack.pop()
             if name in seen:
@@ -69,10 +84,10 @@ class _Split:
             node = self.graph[name]
             if not self.found.sites(name):
                 continue
+            label = label.of(node)
             if name in region and (self._worth[name] or self._free(node, region)):
                 self.tail.add(name)
-                inner = node.label if isinstance(node, Cost) else label
-                stack.extend((str(ref), inner) for ref in reversed(self._influenced(node)))
+                stack.extend((str(ref), label) for ref in reversed(self._influenced(node)))
             else:
                 labels[name] = label
         return labels
@@ -168,7 +183,7 @@ def _uniform(relation: Relation, dims: list[int]) -> bool:
     return True
 
 
-def _insert(graph: Graph, cuts: dict[str, str], tail: set[str]) -> Graph:
+def _insert(graph: Graph, cuts: dict[str, Label], tail: set[str]) -> Graph:
     """The graph with a `Cost` behind every cut, read by the tail alone, and declared costs dissolved into labels."""
     dissolved = {node.name: node.value for node in graph.of(Cost)}
 
@@ -199,14 +214,15 @@ def _insert(graph: Graph, cuts: dict[str, str], tail: set[str]) -> Graph:
         label = cuts.get(node.name)
         if label is None:
             continue
-        name = _fresh(label or f"{node.name}_cost", taken)
+        name = _fresh(label.text or f"{node.name}_cost", taken)
         taken.add(name)
         cost_of[node.name] = name
         assert isinstance(node.type, TensorType)
         type_ = TensorType(node.type.dtype, node.type.shape, device=node.type.device)
+        shown = label.text if label.declared else name if label.text else node.name
         nodes.append(
-            Cost(name=name, type=type_, loc=node.loc, scope=node.scope, value=Ref(node.name), label=label or node.name,
-                 declared=bool(label))
+            Cost(name=name, type=type_, loc=node.loc, scope=node.scope, value=Ref(node.name), label=shown,
+                 declared=label.declared)
         )  # fmt: skip
     objective = _tail_ref(real(graph.objective), cost_of | copies)
     outputs = map_refs(lambda ref: objective if ref == graph.objective else real(ref), graph.outputs)

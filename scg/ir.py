@@ -107,6 +107,8 @@ class Node:
     """The user's line, ``model.py:14``."""
     scope: str = ""
     """Path of the user's module that computed it, ``enc.0``."""
+    variable: str = ""
+    """The user's variable that its value was assigned to, where there is one: what a cost is called by default."""
 
     _edges: ClassVar[tuple[str, ...]] = ()
     kind: ClassVar[str] = "node"

@@ -1,4 +1,4 @@
-"""Where in the user's source a node comes from: its line, its module, and the variable a draw is assigned to."""
+"""Where in the user's source a node comes from: its line, its module, and the variable its value is assigned to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -64,8 +64,13 @@ def user_loc() -> str:
     return describe(frame.f_code.co_filename, frame.f_lineno) if frame is not None else ""
 
 
-def where(modules: Mapping[int, str]) -> tuple[str, str]:
-    """The user's line, and the path of the innermost captured module at work (``modules``: id -> path)."""
+def where(modules: Mapping[int, str]) -> tuple[str, str, str]:
+    """The user's line, the path of the innermost captured module at work (``modules``: id -> path), the variable."""
+    loc, scope = _line_and_scope(modules)
+    return loc, scope, assigned_name(user_frame()) or ""
+
+
+def _line_and_scope(modules: Mapping[int, str]) -> tuple[str, str]:
     loc: str | None = None
     for frame in _frames():
         code = frame.f_code
@@ -105,11 +110,11 @@ def name_of(value: Any, frame: FrameType | None) -> str | None:
 
 
 def assigned_name(frame: FrameType | None) -> str | None:
-    """The variable that the call in progress in ``frame`` is assigned to.
+    """The variable that the call or operator in progress in ``frame`` is assigned to.
 
     ``z = q.sample()``, ``self.z = …``, ``z, w = q.sample(), p.sample()``, ``z[t] = q.sample().float()`` and
-    ``zs = [q.sample() for q in qs]`` have one; a draw inside a larger expression has none. A draw that a helper
-    returns is named where the helper was called.
+    ``zs = [q.sample() for q in qs]`` have one; a value inside a larger expression has none. What a helper returns
+    is named where the helper was called.
     """
     while frame is not None and is_users_file(frame.f_code.co_filename):
         statement, target = _target(frame)
@@ -124,10 +129,15 @@ def assigned_name(frame: FrameType | None) -> str | None:
 
 
 def _target(frame: FrameType) -> tuple[ast.AST | None, str | None]:
-    """The statement that uses the call's value unchanged, and the name it gives to it."""
-    _, end_line, _, end_column = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-    parents, calls = _parsed("".join(linecache.getlines(frame.f_code.co_filename)))
-    node = calls.get((end_line, end_column))
+    """The statement that uses the value in the making unchanged, and the name it gives to it."""
+    return _target_at(frame.f_code, frame.f_lasti)
+
+
+@functools.lru_cache(maxsize=4096)  # a traced loop asks the same again and again
+def _target_at(code: CodeType, instruction: int) -> tuple[ast.AST | None, str | None]:
+    line, end_line, column, end_column = next(itertools.islice(code.co_positions(), instruction // 2, None))
+    parents, made_at = _parsed("".join(linecache.getlines(code.co_filename)))
+    node = made_at.get((line, column, end_line, end_column)) or made_at.get((end_line, end_column))
     while node is not None:
         parent = parents.get(node)
         if isinstance(parent, ast.Attribute) and parent.attr in _SAME_VALUE:
@@ -169,15 +179,18 @@ def _name(target: ast.AST | None) -> str | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(source: str) -> tuple[dict[ast.AST, ast.AST], dict[tuple[int | None, int | None], ast.AST]]:
-    """Of a source file: each syntax node's parent, and each call by where its closing parenthesis stands."""
+def _parsed(source: str) -> tuple[dict[ast.AST, ast.AST], dict[tuple[int | None, ...], ast.AST]]:
+    """Of a source file: each syntax node's parent; calls by where they end, operators by where they start and end."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
         return {}, {}
     nodes = list(ast.walk(tree))
     parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
-    calls: dict[tuple[int | None, int | None], ast.AST] = {
-        (node.end_lineno, node.end_col_offset): node for node in nodes if isinstance(node, ast.Call)
-    }
-    return parents, calls
+    made_at: dict[tuple[int | None, ...], ast.AST] = {}
+    for node in nodes:
+        if isinstance(node, ast.Call):  # where the instruction of a method's call starts differs between versions
+            made_at[node.end_lineno, node.end_col_offset] = node
+        elif isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Subscript)):
+            made_at[node.lineno, node.col_offset, node.end_lineno, node.end_col_offset] = node
+    return parents, made_at

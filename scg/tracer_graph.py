@@ -76,7 +76,7 @@ class Converter:
             args, kwargs = self._detach((args, kwargs), fact)
         return self._add(
             ir.Op(name=self.names[node], type=_type(node.meta.get("val")), loc=fact.loc, scope=fact.scope,
-                  target=target, args=args, kwargs=kwargs)
+                  variable=fact.variable, target=target, args=args, kwargs=kwargs)
         )  # fmt: skip
 
     def _made(self, node: fx.Node, fact: Fact, kind: type[ir.Node], fields: dict[str, Any]) -> Ref:
@@ -87,7 +87,8 @@ class Converter:
             type_ = ir.TensorType(type_.dtype, type_.shape, node.meta["event_ndim"], device=type_.device)
         if kind is ir.Cost:
             fields["label"] = self.names[node]
-        ref = self._add(kind(name=self.names[node], type=type_, loc=fact.loc, scope=fact.scope, **fields))
+        place = {"loc": fact.loc, "scope": fact.scope, "variable": fact.variable}
+        ref = self._add(kind(name=self.names[node], type=type_, **place, **fields))
         if fact.no_grad and kind in (ir.LogProb, ir.Op, ir.Cost, ir.Depends, ir.Bound):
             return self._detached_ref(ref, fact)
         return ref

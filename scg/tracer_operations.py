@@ -24,6 +24,7 @@ class Fact:
 
     loc: str
     scope: str
+    variable: str
     no_grad: bool
     live: bool
     """A gradient may flow back from here, to a parameter, an input or a site."""
@@ -149,10 +150,10 @@ class Tracer(PythonKeyTracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
     ) -> fx.Node:
         node = self.graph.create_node(kind, target, args, kwargs, name, type_expr)
-        loc, scope = where(self.recorder.modules)
+        loc, scope, variable = where(self.recorder.modules)
         no_grad = not torch.is_grad_enabled()
         live = not no_grad and target not in _STOPS and any(self.facts[read].live for read in node.all_input_nodes)
-        self.facts[node] = Fact(loc, scope, no_grad, live)
+        self.facts[node] = Fact(loc, scope, variable, no_grad, live)
         return node
 
     def create_arg(self, a: Any) -> Any:
