@@ -141,9 +141,8 @@ class Interpreter:
         graph = self.graph
         effects = [node.name for node in graph if _has_effect(node)]
         wanted = graph.ancestors([graph.objective, *_output_refs(graph), *effects])
-        shown = graph.ancestors(ref for ref in _output_refs(graph) if ref != graph.objective)
         for node in graph:
-            if node.name in wanted and not _is_write(node) and (node.name not in graph.tail or node.name in shown):
+            if node.name in wanted and not _is_write(node) and node.name not in graph.tail:
                 with named(node.name):
                     self._evaluate(node)
         objective = self._objective(named)

@@ -194,9 +194,11 @@ def _insert(graph: Graph, cuts: dict[str, Label], tail: set[str]) -> Graph:
 
     cost_of: dict[str, str] = {}
     taken = set(graph.nodes) - set(dissolved)
-    read_below = {real(ref) for node in graph if node.name not in tail | set(dissolved) for ref in node.inputs}
+    elsewhere = [ref for node in graph if node.name not in tail | set(dissolved) for ref in node.inputs]
+    map_refs(lambda ref: elsewhere.append(ref) if ref != graph.objective else None, graph.outputs)
+    shared = tail & graph.ancestors(elsewhere)
     copies: dict[str, str] = {}
-    """Tail nodes that the rest of the program reads too: the tail gets its own."""
+    """What the rest of the program reads too: the tail gets its own."""
     nodes: list[Node] = []
     for node in graph:
         if node.name in dissolved:
@@ -204,7 +206,7 @@ def _insert(graph: Graph, cuts: dict[str, Label], tail: set[str]) -> Graph:
         plain = node.rewire(real)
         if node.name in tail:
             inside = node.rewire(lambda ref: _tail_ref(real(ref), cost_of | copies))
-            if node.name in read_below:
+            if node.name in shared:
                 nodes.append(plain)
                 copies[node.name] = _fresh(f"{node.name}_tail", taken)
                 taken.add(copies[node.name])
