@@ -21,6 +21,7 @@ from scg.template import Template
 
 _NO_SECOND_DERIVATIVE = {
     "Gamma", "Chi2", "InverseGamma", "Beta", "Dirichlet", "StudentT", "FisherSnedecor", "LKJCholesky",
+    "MixtureSameFamily",
 }  # fmt: skip
 """Families whose draws are differentiated by a kernel that cannot be differentiated again."""
 
@@ -67,6 +68,8 @@ class Reparam(PathwiseEstimator):
         found = self.supports(site)
         if found and site.order > 1 and site.family in _NO_SECOND_DERIVATIVE:
             return Support(False, f"the draw of {site.family} has no second derivative")
+        if found and site.order > 1 and self.path_derivative:
+            return Support(False, "path_derivative stops a derivative whose own derivative has a mean")
         if found and self.path_derivative and site.score_break:
             return Support(
                 False,

@@ -120,6 +120,13 @@ def test_refused_where_the_score_has_a_mean(form: Any) -> None:
     scg.compile(_Bound(form), estimator="reparam", example_inputs=())
 
 
+def test_refused_at_second_order() -> None:
+    with pytest.raises(EstimatorError, match="whose own derivative has a mean"):
+        scg.compile(_Bound(_mean), estimator=STICKING, order=2, example_inputs=())
+    with pytest.raises(EstimatorError, match="MixtureSameFamily has no second derivative"):
+        scg.compile(_Mixture(Normal, torch.square), estimator="reparam", order=2, example_inputs=())
+
+
 # -- mixtures ------------------------------------------------------------------------------------------------------
 class _Mixture(nn.Module):
     def __init__(self, component: Callable[[Tensor, Tensor], Distribution], cost: Callable[[Tensor], Tensor]) -> None:
