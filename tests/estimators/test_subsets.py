@@ -87,7 +87,7 @@ MIXES: dict[str, dict[str, Any]] = {
 }
 """Of the two sites of `categorical_chain`."""
 
-MANY_NODES = 2_000
+MANY_DRAWS = 60
 """More joint draws than this are for the slow run."""
 
 
@@ -102,12 +102,18 @@ def _draws(label: str) -> int:
 def _mixed() -> list[Any]:
     cases = []
     for mix, label in itertools.product(MIXES, FAMILY):
-        rows = FAMILY[label].rows
-        below = {"upstream": 3**rows, "above sum_and_sample": 2**rows, "both": _draws(label) ** rows}.get(mix, 1)
-        above = {"downstream": 3, "below unordered_set": 6, "below enumerated": _draws(label) ** 2}.get(mix, 1)
-        inner = _draws(label) ** (2 if mix == "below unordered_set" else 1)
-        if above * below * inner < 30_000:
-            marks = [pytest.mark.slow] if above * below * inner > MANY_NODES else []
+        rows, draws = FAMILY[label].rows, _draws(label)
+        total = {
+            "upstream": draws * 3**rows,
+            "downstream": 3 * draws,
+            "both": draws * draws**rows,
+            "below enumerated": draws**3,
+            "above enumerated": draws,
+            "above sum_and_sample": draws * 2**rows,
+            "below unordered_set": 6 * draws**2,
+        }[mix]
+        if total < 30_000:
+            marks = [pytest.mark.slow] if total > MANY_DRAWS else []
             cases.append(pytest.param(mix, label, marks=marks, id=f"{mix}-{label}"))
     return cases
 
@@ -125,14 +131,26 @@ PROGRAMS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("label", ["unordered_set-1", "unordered_set-2", "sum_and_sample-1+1"])
+QUICK = ("some_costs", "binomial", "one_hot", "mixed_batch", "changing_mask")
+"""With every estimator; the rest with `UnorderedSet`, the longest in the slow run."""
+LONG = ("chain", "unrolled_loop", "opaque_cost", "flattened_dims", "independent_elbo")
+
+
+def _programs() -> list[Any]:
+    cases = []
+    for name, label in itertools.product(PROGRAMS, ["unordered_set-1", "unordered_set-2", "sum_and_sample-1+1"]):
+        quick = name in QUICK or (label == "unordered_set-2" and name not in LONG)
+        cases.append(pytest.param(name, label, marks=[] if quick else [pytest.mark.slow], id=f"{name}-{label}"))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "label"), _programs())
 def test_unbiased(name: str, label: str) -> None:
     problem = PROBLEMS[name]()
     assert_unbiased(problem, estimator=FAMILY[label], estimators=problem.estimators)
 
 
-@pytest.mark.parametrize("name", ["dead_site", "one_hot", "learned_coefficient"])
+@pytest.mark.parametrize("name", ["dead_site", "one_hot", pytest.param("learned_coefficient", marks=pytest.mark.slow)])
 def test_without_replacement_is_unbiased(name: str) -> None:
     """Independent elements with a set each: their times are summed over jointly."""
     nodes = FiniteWithoutReplacement(samples=2 if name == "one_hot" else 1, nodes=24)
@@ -155,10 +173,18 @@ def test_sets_of_vectors_over_a_tied_batch(label: str) -> None:
 
 
 def test_joint_sets_without_replacement() -> None:
-    assert_unbiased(PROBLEMS["opaque_cost"](), estimator=FAMILY["without_replacement-2"])
+    w = nn.Parameter(torch.tensor([0.3, -0.8], dtype=torch.float64))
+
+    def loss() -> Tensor:
+        z = Bernoulli(logits=w).sample()
+        return torch.exp(z[0] - 0.5 * z[1]) + z[1]
+
+    assert_unbiased(Problem(loss), estimator=FAMILY["without_replacement-2"])
 
 
-@pytest.mark.parametrize("label", ["unordered_set-2", "without_replacement-1", "sum_and_sample-1+1"])
+@pytest.mark.parametrize(
+    "label", ["unordered_set-2", pytest.param("without_replacement-1", marks=pytest.mark.slow), "sum_and_sample-1+1"]
+)
 def test_unbiased_below_noise(label: str) -> None:
     estimators = {"e": "reparam", "z": FAMILY[label], "y": FiniteDisARM()}
     assert_unbiased(Problem(_BelowNoise()), estimators=estimators)
@@ -253,7 +279,7 @@ def _toy(eta: nn.Parameter) -> Callable[[], Tensor]:
     return loss
 
 
-@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("k", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_compiled_toy_has_the_published_variance(k: int) -> None:
     eta = nn.Parameter(torch.zeros((), dtype=torch.float64))
     compiled = scg.compile(_toy(eta), estimator=FiniteUnorderedSet(samples=k))
@@ -286,9 +312,7 @@ def test_two_rows_of_a_bernoulli_are_exact(name: str) -> None:
         torch.testing.assert_close(grad, scg.exact(loss)[1]["theta"])
 
 
-@pytest.mark.parametrize(
-    "label", ["unordered_set-2", "without_replacement-2", "sum_and_sample-1+1", "sum_and_sample-1+2"]
-)
+@pytest.mark.parametrize("label", [label for label in FAMILY if label[-2:] != "-1" and "0+" not in label])
 def test_a_constant_added_to_the_cost_changes_nothing(label: str) -> None:
     """The mean gradient, of course; and not the variance either."""
     w = nn.Parameter(torch.tensor([0.4, -0.9, 0.2], dtype=torch.float64))
@@ -329,7 +353,7 @@ def test_a_race_finishes_in_the_order_of_draws_without_replacement() -> None:
 # -- what else must hold ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_probabilities_are_finite(name: str, k: int, dtype: torch.dtype) -> None:
     torch.manual_seed(k)
     rows = [[30.0, -30.0, 0.0, 30.0], [0.0, -1e4, -1e4, -1e4], [-300.0, 300.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
