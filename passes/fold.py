@@ -6,6 +6,7 @@
              %c = op f32[5, 3]     getitem(%b, 0)                     %c = op f32[5, 3]  expand(%x, [5, 3])
              %v = op f32[15]       view(%c, [15])                     %v = op f32[15]    reshape(%c, [15])
              %w = op f32[15]       clone(%v)                          (users read %v)
+             %t = op f32[15]       add(%w, 0)                         (users read %v)
 
 Every node keeps its value, so the expectation is unchanged. Index tensors become known, which keeps influence exact.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +92,8 @@ def _identity_of(node: Op, new: Rewriter) -> Ref | None:
     """The new node that holds the same value as ``node``, if it is one of its inputs."""
     if node.target is operator.getitem:
         return _broadcast_of(node, new, changing=False)
+    if is_op(node, aten.add):
+        return _without_zero(node, new)
     source = new.read(node.args[0]) if node.args and isinstance(node.args[0], Ref) else None
     if source is None:
         return None
@@ -104,6 +108,25 @@ def _identity_of(node: Op, new: Rewriter) -> Ref | None:
     if is_op(node, *_CASTS, *_SHAPES) and node.target is not aten.view.dtype:
         return source if new.type_of(source) == node.type else None
     return None
+
+
+def _without_zero(node: Op, new: Rewriter) -> Ref | None:
+    """The other operand where one is zero, as in the first round of ``total = 0.0; for …: total = total + cost``."""
+    named = bind(node)
+    operands = [new.read(x) if isinstance(x, Ref) else x for x in (named["self"], named["other"])]
+    for zero, other in (operands, operands[::-1]):
+        if isinstance(other, Ref) and _is_zero(zero, new) and named["alpha"] == 1:
+            return other if new.type_of(other) == node.type and not _is_outside(other, new) else None
+    return None
+
+
+def _is_zero(operand: Any, new: Rewriter) -> bool:
+    if not isinstance(operand, Ref):
+        return bool(operand == 0)
+    param = new.nodes[operand]
+    if not isinstance(param, Param) or not _is_constant(param) or param.tensor.shape:
+        return False
+    return not new.tensors[param.path]
 
 
 def _is_outside(ref: Ref, new: Rewriter) -> bool:
