@@ -11,10 +11,12 @@ from scg.estimators.base import Estimator
 from scg.estimators.bitflip import BitFlip
 from scg.estimators.decoupled_st import DecoupledST
 from scg.estimators.disarm import DisARM
+from scg.estimators.double_cv import DoubleCV
 from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.go_gradient import GoGradient
 from scg.estimators.gumbel_rao import GumbelRao
 from scg.estimators.gumbel_softmax import GumbelSoftmax
+from scg.estimators.indecater import IndeCateR
 from scg.estimators.lax import Lax
 from scg.estimators.local_expectation import LocalExpectation
 from scg.estimators.lookup import near_miss
@@ -24,8 +26,8 @@ from scg.estimators.reinmax import ReinMax
 from scg.estimators.relax import Rebar, Relax
 from scg.estimators.reparam import Reparam
 from scg.estimators.score_function import ScoreFunction
-from scg.estimators.stochastic_ad import StochasticAD
 from scg.estimators.spsa import SPSA
+from scg.estimators.stochastic_ad import StochasticAD
 from scg.estimators.straight_through import StraightThrough
 from scg.estimators.sum_and_sample import SumAndSample
 from scg.estimators.unordered_set import UnorderedSet
@@ -33,10 +35,10 @@ from scg.estimators.without_replacement import WithoutReplacement
 
 GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "The three that `auto` chooses from": (Reparam, ScoreFunction, Enumerate),
-    "Single changes of the draw": (LocalExpectation, MeasureValued, BitFlip, StochasticAD, GoGradient),
+    "Single changes of the draw": (LocalExpectation, MeasureValued, IndeCateR, BitFlip, StochasticAD, GoGradient),
     "Antithetic draws": (DisARM, ARM, ARMS),
     "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
-    "Control variates": (Relax, Rebar, Lax, MuProp),
+    "Control variates": (Relax, Rebar, Lax, MuProp, DoubleCV),
     "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),
     "Finite differences": (SPSA,),
 }

@@ -1,7 +1,7 @@
 r"""Gradients with a learned control variate: what `lax`, `relax` and `rebar` share.
 
 The gradient in a distribution's own parameters is an explicit value :math:`\hat g_\phi` of the program. Its mean does
-not depend on :math:`\phi`, so the gradient of its variance is that of its square, and one draw estimates it without bias:
+not depend on :math:`\phi`, so the gradient of its variance is that of its square, and one draw estimates it:
 
 .. math:: \nabla_\phi \mathrm{Var}(\hat g_\phi) = E[\nabla_\phi \hat g_\phi^2]
 
@@ -58,20 +58,23 @@ def small_network(site: SiteInfo, hidden: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1))
 
 
-def surrogate_of(context: SiteContext, estimates: list[Tensor], parameters: list[Tensor]) -> Tensor:
+def surrogate_of(
+    context: SiteContext, estimates: list[Tensor], parameters: list[Tensor], over: tuple[int, ...] = ()
+) -> Tensor:
     """The estimates carried to the parameters, and in training their squares.  ``[*dims | *elements]``
 
     Args:
         context: of the site.
         estimates: gradients in each parameter, ``[*dims | *elements | event dims of the slot]``.
         parameters: the parameters they stand for.
+        over: dims whose estimates depend on each other: the square of their mean counts.
     """
     rank = context.value.dim() - context.site.event_ndim
     total: Any = 0.0
     for g, parameter in zip(estimates, parameters, strict=True):
         part = g.detach() * parameter
         if context.training:
-            part = part + g**2
+            part = part + (g.mean(over, keepdim=True) if over else g) ** 2
         total = total + (part.flatten(rank).sum(-1) if part.dim() > rank else part)
     assert isinstance(total, Tensor)
     return total

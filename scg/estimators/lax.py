@@ -23,9 +23,9 @@ class Lax(ScoreEstimator):
 
     Grathwohl et al. 2018, eq. 7. The network sees all elements that one cost may see, and is trained by the variance of
     the gradient in the site's parameters, in the same ``backward()``. The draw is reparameterized implicitly through
-    its distribution function, :math:`\nabla_\theta z = -\nabla_\theta F_\theta(z) / p_\theta(z)` (Figurnov et al. 2018).
-    Unbiased for any network, also below costs that are not differentiable. One evaluation. Normal, LogNormal, Laplace,
-    Exponential, Cauchy, Gumbel, Weibull.
+    its distribution function, :math:`\nabla z = -\nabla F_\theta(z) / p_\theta(z)` (Figurnov et al. 2018). Unbiased for
+    any network, also below costs that are not differentiable. One evaluation. Normal, LogNormal, Laplace, Exponential,
+    Cauchy, Gumbel, Weibull.
 
     Args:
         hidden: width of the network's hidden layer.

@@ -23,8 +23,8 @@ class StochasticAD(RerunEstimator):
 
     Arya et al. 2022: as ``theta_i`` grows by ``h``, an inverse-cdf draw moves from ``z_i`` to its neighbour
     ``z_i + s_i`` with probability ``h w_i``. Of all elements that one cost may see one alternative is kept (pruning),
-    with probability proportional to its rate. Unbiased, also below costs that are not differentiable. One further evaluation
-    for any number of elements; the program below draws afresh. Bernoulli, Binomial, Poisson, Geometric.
+    with probability proportional to its rate. Unbiased, also below costs that are not differentiable. One further
+    evaluation for any number of elements; the program below draws afresh. Bernoulli, Binomial, Poisson, Geometric.
     """
 
     name: ClassVar[str] = "stochastic_ad"

@@ -28,6 +28,20 @@ def test_unbiased(name: str, estimator: str) -> None:
     assert_unbiased(problem, estimator=estimator, estimators=problem.estimators)
 
 
+@pytest.mark.parametrize(
+    "name", ["some_costs", "upstream_costs", "tied_batch", "diamond", "shared_logits", "one_hot", "learned_coefficient",
+             "binomial", pytest.param("closed_form_kl", marks=pytest.mark.slow),
+             pytest.param("not_differentiable", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_indecater_is_unbiased(name: str) -> None:
+    assert_unbiased(PROBLEMS[name](), estimator="indecater")
+
+
+@pytest.mark.parametrize("mix", ["upstream", "downstream", "around_enumerated"])
+def test_indecater_is_unbiased_beside_others(mix: str) -> None:
+    assert_unbiased_in_chain("indecater", mix)
+
+
 @pytest.mark.parametrize("mix", CHAIN)
 @pytest.mark.parametrize("estimator", FAMILY)
 def test_unbiased_beside_others(mix: str, estimator: str) -> None:

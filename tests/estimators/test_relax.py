@@ -121,7 +121,10 @@ class _Chain(nn.Module):
         return (a - 0.3) ** 2 + 2 * (b - 0.8 * a) ** 2 * self.c[1]
 
 
-@pytest.mark.parametrize("other", ["enumerate", pytest.param("local_expectation", marks=pytest.mark.slow), pytest.param("score", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "other",
+    ["enumerate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("local_expectation", "score"))],
+)
 @pytest.mark.parametrize("site", ["a", "b"])
 def test_unbiased_beside_others(site: str, other: str) -> None:
     model = _Chain()
