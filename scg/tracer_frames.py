@@ -124,6 +124,8 @@ def assigned_name(frame: FrameType | None) -> str | None:
             return None
         frame = frame.f_back
         while frame is not None and not is_users_file(frame.f_code.co_filename):
+            if frame.f_code.co_filename.startswith(_OURS):
+                return None  # from here on it is the caller of the compiled module
             frame = frame.f_back
     return None
 
