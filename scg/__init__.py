@@ -23,7 +23,7 @@ from scg.errors import (
 from scg.estimators import ESTIMATORS
 from scg.exact import exact
 from scg.ir import Graph
-from scg.measure import gradcheck
+from scg.measure import Comparison, GradientCheck, Tuned, autotune, compare, gradcheck
 from scg.pipeline import CompiledModule, compile, trace
 from scg.primitives import cost, depends, multisample, opaque, sample
 
@@ -32,14 +32,19 @@ __version__ = "0.1.0"
 __all__ = [
     "ESTIMATORS",
     "BiasWarning",
+    "Comparison",
     "CompiledModule",
     "EstimatorError",
+    "GradientCheck",
     "Graph",
     "LoweringError",
     "RetraceWarning",
     "ScgError",
     "TraceError",
+    "Tuned",
     "VerifyError",
+    "autotune",
+    "compare",
     "compile",
     "cost",
     "depends",
