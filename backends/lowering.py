@@ -413,10 +413,9 @@ class Interpreter:
             for i in order:
                 sizes[places[i] or 0] = shape[wide[i]]
             return Batched(tensor.reshape([*tensor.shape[:lead], *sizes]), weight.dims)
-        placed = [
-            record_constant(functools.partial(_point_index, relation, dim)) if size > 1 else 0
-            for dim, size in enumerate(shape)
-        ]
+        with compile_time():
+            points = [_point_index(relation, dim) if size > 1 else 0 for dim, size in enumerate(shape)]
+        placed = [_placed(point) for point in points]
         return Batched(weight.tensor[(*[slice(None)] * lead, *placed)], weight.dims)
 
     def _expected_cost(self, cost: str) -> Tensor:
@@ -438,7 +437,7 @@ class Interpreter:
             if isinstance(graph[ref], Cost):
                 env[ref] = Batched(self._expected_cost(ref))
                 return env[ref]
-            return self.env[ref]
+            return self._unmoved(ref)
 
         for node in graph:
             if node.name in graph.tail:
@@ -449,6 +448,11 @@ class Interpreter:
         with named("objective"):
             value: Batched = look(graph.objective)
             return value.tensor
+
+    def _unmoved(self, ref: Ref) -> Value:
+        """A value that no sample moves, without the sample dims of what it was computed from."""
+        value = self.env[ref]
+        return self.expectation(value, ref) if isinstance(value, Batched) else value
 
     def _uniform_costs(self) -> Tensor | None:
         """The objective as one weighted sum of all cost elements: a long chain's tail in a few calls.
@@ -483,7 +487,7 @@ class Interpreter:
 
     def _find_coefficients(self) -> None:
         self.coefficients: Mapping[str, Coefficient] = self._coefficients(
-            lambda ref: self.env[ref].tensor, lambda made: record_constant(lambda: made)
+            lambda ref: self._unmoved(ref).tensor, lambda made: record_constant(lambda: made)
         )
 
     def _learns(self, site: Sample) -> bool:
@@ -915,6 +919,16 @@ def _point_index(relation: Relation, dim: int) -> Tensor:
 def _by_row(tensor: Tensor) -> Tensor:
     """Sums ``[R, …]`` over all but its first dim."""
     return tensor.flatten(1).sum(1) if tensor.dim() > 1 else tensor
+
+
+def _placed(point: Tensor | int) -> Any:
+    """An index of compile time as generated code takes it: a tensor, or a number where there is one element."""
+    if isinstance(point, int):
+        return point
+    if point.dim():
+        return record_constant(lambda: point)
+    with compile_time():
+        return int(point)
 
 
 def _may_be_impossible(node: Dist) -> bool:
