@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -27,7 +27,7 @@ from scg.errors import StateWarning, TraceError
 from scg.interception import intercept, intercept_functions
 from scg.ir import Graph, Ref
 from scg.primitives import handling
-from scg.tracer_frames import traceback_loc
+from scg.tracer_frames import describe, traceback_loc
 from scg.tracer_graph import Converter, without_glue
 from scg.tracer_operations import InnerGradient, OperationMode, SavedTensors
 from scg.tracer_recorder import Recorder
@@ -78,7 +78,7 @@ def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
                 outputs = pytree.tree_map_only(Tensor, recorder.lift, result)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise TraceError(_data_dependent(error)) from error
-        objective = _objective(outputs)
+        objective = _objective(outputs, _place(model))
         converter = Converter(recorder)
         nodes = converter.convert()
 
@@ -186,7 +186,7 @@ def _check_outputs(outputs: Any) -> None:
             )
 
 
-def _objective(outputs: Any) -> Tensor:
+def _objective(outputs: Any, place: str) -> Tensor:
     """The scalar to minimise: the return value, its first item, or its ``"loss"``."""
     found = outputs
     if isinstance(outputs, (tuple, list)):
@@ -195,15 +195,22 @@ def _objective(outputs: Any) -> Tensor:
         found = outputs.get("loss")
     if not isinstance(found, Tensor):
         raise TraceError(
-            f"the model returned {_kind(outputs)}, which holds no objective: return a scalar loss, a tuple that starts "
+            f"{place}the model returned {_kind(outputs)}, which holds no objective: return a scalar loss, a tuple that starts "
             'with it, or a dict with it under "loss".'
         )
     if found.ndim or not found.is_floating_point():
         raise TraceError(
-            f"the objective is a {found.dtype} tensor of shape {tuple(found.shape)}, not a floating-point scalar: "
+            f"{place}the objective is a {found.dtype} tensor of shape {tuple(found.shape)}, not a floating-point scalar: "
             "reduce it with .mean() or .sum()."
         )
     return found
+
+
+def _place(model: Callable[..., Any]) -> str:
+    """``file.py:line: `` where the model's code begins, if it has any."""
+    function = model.forward if isinstance(model, nn.Module) else inspect.unwrap(getattr(model, "func", model))
+    code = getattr(function, "__code__", None)
+    return f"{describe(code.co_filename, code.co_firstlineno)}: " if code is not None else ""
 
 
 def _kind(outputs: Any) -> str:
