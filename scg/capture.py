@@ -76,6 +76,11 @@ def captured(model: Callable[..., Any]) -> Captured:
     """
     walk = _Walk()
     walk.visit(model, "")
+    buffers = {id(buffer) for module in walk.modules.values() for buffer in module._buffers.values()}
+    fixed = [t for t in walk.tensors.values() if not isinstance(t, nn.Parameter) and id(t) not in buffers]
+    if fixed := [tensor for tensor in fixed if not tensor.is_inference()]:
+        # what is computed from them alone is computed once: a write in place must be noticed
+        walk.readers.append(lambda: tuple([tensor._version for tensor in fixed]))
     return Captured(
         tensors=walk.tensors,
         modules=walk.modules,

@@ -324,3 +324,15 @@ def test_import_is_light() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
     assert float(found.stdout) < 3.0  # seconds; a loaded machine takes several times the 0.3 of an idle one
+
+
+def test_a_captured_tensor_written_in_place_is_noticed() -> None:
+    w, mask = nn.Parameter(torch.zeros(2)), torch.ones(2)
+
+    def loss() -> Tensor:
+        return (Bernoulli(logits=w).sample() * (mask * 2)).sum()
+
+    compiled = scg.compile(loss, estimator="enumerate")
+    assert float(compiled()) == 2.0
+    mask.mul_(10)
+    assert float(compiled()) == 20.0
