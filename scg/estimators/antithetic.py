@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ class Antithetic(RowEstimator):
     The rows stand in the objective with equal weights, so that what lies below the site gets the mean gradient.
     """
 
+    families: ClassVar[tuple[str, ...]] = ("Bernoulli",)
+
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:
         if site.replayed:
@@ -27,8 +30,9 @@ class Antithetic(RowEstimator):
             return Support(False, site.pathwise_only)
         if site.rerun_break:
             return Support(False, site.rerun_break)
-        if site.family != "Bernoulli":
-            return Support(False, f"its rows are thresholds of dependent uniforms, and {site.family} is not Bernoulli")
+        if site.family not in cls.families:
+            known = " or ".join(cls.families)
+            return Support(False, f"its rows are thresholds of dependent uniforms, and {site.family} is not {known}")
         return YES
 
 

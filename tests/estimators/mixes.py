@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli
+from torch.distributions import Bernoulli, Categorical
 
 from tests.law2 import assert_unbiased
 from tests.problems import PROBLEMS, Problem
@@ -64,3 +64,22 @@ class _Tied(nn.Module):
 def tied_rows() -> Problem:
     """A batch of vectors, tied over the batch: elements of different examples may change in the same row."""
     return Problem(_Tied(), bits=4)
+
+
+class _CategoricalChain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.4, -0.9, 0.2], dtype=torch.float64))
+        self.table = nn.Parameter(
+            torch.tensor([[0.3, 1.2, -0.7], [-0.8, 0.1, 0.9], [0.2, -0.4, 0.6]], dtype=torch.float64)
+        )
+
+    def forward(self) -> Tensor:
+        top = Categorical(logits=self.w).sample()
+        bottom = Categorical(logits=self.table[top]).sample()
+        return (self.table[top, bottom] - 0.2) ** 2 * (1 + bottom) + 2.0 * self.w[top]
+
+
+def categorical_chain() -> Problem:
+    """Three outcomes above three, a cost of both and one of the upper."""
+    return Problem(_CategoricalChain(), bits=4)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical
+from torch.distributions import Bernoulli, Binomial, Categorical, OneHotCategorical
 
 import scg
 from scg.estimators.antithetic import Antithetic
@@ -18,7 +18,7 @@ from scg.estimators.arm import ARM
 from scg.estimators.arms import ARMS, gauss_legendre
 from scg.estimators.disarm import DisARM
 from tests.estimators.finite_noise import FiniteARM, FiniteARMS, FiniteDisARM, moments, normal_pair
-from tests.estimators.mixes import problems, tied_rows
+from tests.estimators.mixes import categorical_chain, problems, tied_rows
 from tests.law2 import assert_unbiased
 from tests.problems import PROBLEMS
 
@@ -41,7 +41,7 @@ MIXES: dict[str, dict[str, Any]] = {
 
 def _cases() -> Iterator[Any]:
     for name in problems("closure", "opaque_cost", "not_differentiable", without=("diamond",)):
-        yield pytest.param(name, "disarm", id=name)
+        yield pytest.param(name, "disarm", marks=[pytest.mark.slow] if name == "opaque_cost" else [], id=name)
     for name in ("some_costs", "tied_batch", "learned_coefficient"):
         for label in ("arm", "arms-3", "arms-3-gaussian"):
             marks = [pytest.mark.slow] if name == "tied_batch" and label != "arm" else []
@@ -82,6 +82,50 @@ def test_unbiased_over_a_tied_batch_of_vectors() -> None:
 @pytest.mark.parametrize("credit", ["node", "none"])
 def test_unbiased_with_coarse_credit(credit: str) -> None:
     assert_unbiased(PROBLEMS["tied_batch"](), estimator=PAIRS["disarm"], credit=credit)
+
+
+@pytest.mark.parametrize("name", ["integer_index", "one_hot"])
+def test_categorical_disarm(name: str) -> None:
+    assert_unbiased(PROBLEMS[name](), estimator=FiniteDisARM())
+
+
+@pytest.mark.parametrize(
+    "estimators",
+    [
+        {"top": FiniteDisARM(), "bottom": "score_function"},
+        pytest.param({"top": "enumerate", "bottom": FiniteDisARM()}, marks=pytest.mark.slow),
+    ],
+    ids=["upstream", "below enumerated"],
+)
+def test_categorical_disarm_beside_others(estimators: dict[str, Any]) -> None:
+    assert_unbiased(categorical_chain(), estimators=estimators)
+
+
+def test_a_categorical_of_two_is_a_bernoulli() -> None:
+    theta = nn.Parameter(torch.tensor(0.8, dtype=torch.float64))
+
+    def one() -> Tensor:
+        return torch.exp(Bernoulli(logits=theta).sample())
+
+    def two() -> Tensor:
+        return torch.exp(1.0 - Categorical(logits=torch.stack([theta, 0 * theta])).sample())
+
+    found = [moments(scg.compile(loss, estimator=FiniteDisARM()), {"theta": theta}) for loss in (one, two)]
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_extreme_categoricals_are_finite() -> None:
+    rows = [[30.0, -30.0, 0.0, 30.0], [0.0, -1e4, -1e4, -1e4], [-1e4, -1e4, -300.0, 300.0]]
+    logits = nn.Parameter(torch.tensor(rows))
+    probs = nn.Parameter(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+
+    def loss() -> Tensor:
+        z, y = Categorical(logits=logits).sample(), OneHotCategorical(probs=probs).sample()
+        return z.float().sum().square() + (y @ torch.arange(3.0)).square().sum()
+
+    objective = scg.compile(loss, estimator="disarm")()
+    grads = torch.autograd.grad(objective, [logits, probs])
+    assert objective.isfinite() and all(grad.isfinite().all() for grad in grads)
 
 
 # -- variances --------------------------------------------------------------------------------------------------------
@@ -245,7 +289,9 @@ def test_no_memory_is_left_in_cycles(estimator: str) -> None:
 def test_refusals_say_why() -> None:
     logits = nn.Parameter(torch.zeros(3))
     with pytest.raises(scg.EstimatorError, match="Categorical is not Bernoulli"):
-        scg.compile(lambda: Categorical(logits=logits).sample().float(), estimator="disarm", example_inputs=())
+        scg.compile(lambda: Categorical(logits=logits).sample().float(), estimator="arm", example_inputs=())
+    with pytest.raises(scg.EstimatorError, match="Binomial is not Bernoulli or Categorical or OneHotCategorical"):
+        scg.compile(lambda: Binomial(3, logits=logits).sample().sum(), estimator="disarm", example_inputs=())
     with pytest.raises(ValueError, match="a pair is two draws"):
         DisARM(samples=3)
     with pytest.raises(ValueError, match="no other to be antithetic to"):

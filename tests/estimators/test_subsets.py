@@ -23,7 +23,7 @@ from tests.estimators.finite_noise import (
     FiniteWithoutReplacement,
     moments,
 )
-from tests.estimators.mixes import tied_rows
+from tests.estimators.mixes import categorical_chain, tied_rows
 from tests.law2 import assert_unbiased
 from tests.problems import PROBLEMS, Problem, TwoPoint
 
@@ -42,25 +42,6 @@ SETS: dict[str, Callable[[int], SubsetEstimator]] = {
     "sum_and_sample": lambda k: SumAndSample(top=k - 1),
 }
 """The estimators themselves, by number of rows."""
-
-
-class _CategoricalChain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor([0.4, -0.9, 0.2], dtype=torch.float64))
-        self.table = nn.Parameter(
-            torch.tensor([[0.3, 1.2, -0.7], [-0.8, 0.1, 0.9], [0.2, -0.4, 0.6]], dtype=torch.float64)
-        )
-
-    def forward(self) -> Tensor:
-        top = Categorical(logits=self.w).sample()
-        bottom = Categorical(logits=self.table[top]).sample()
-        return (self.table[top, bottom] - 0.2) ** 2 * (1 + bottom) + 2.0 * self.w[top]
-
-
-def categorical_chain() -> Problem:
-    """Three outcomes above three, a cost of both and one of the upper."""
-    return Problem(_CategoricalChain(), bits=4)
 
 
 class _BelowNoise(nn.Module):
