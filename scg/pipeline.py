@@ -201,6 +201,12 @@ class CompiledModule(nn.Module):
 
         return explain(self.graph, notes=self.graph.notes)
 
+    def formula(self) -> Any:
+        """LaTeX of the objective, of each site's gradient estimate and of the surrogate."""
+        from scg.backends.latex import formula
+
+        return formula(self.graph, self.options.order)
+
     def render(self, path: Any, view: str = "stochastic") -> Any:
         """Writes a picture; the suffix of ``path`` (svg, png, pdf, html, dot) says which kind."""
         from scg.backends.pictures import render
