@@ -16,7 +16,7 @@ help:  ## this list
 
 install: $(STAMP)  ## make .venv with everything needed
 
-demo: $(STAMP)  ## train a discrete VAE on digits; writes out/vae.svg and out/vae.html
+demo: $(STAMP)  ## train a discrete VAE on digits; writes its picture and report to out/
 	$(BIN)/python examples/discrete_vae.py
 
 test: $(STAMP)  ## the quick tests, two processes

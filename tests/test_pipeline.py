@@ -315,15 +315,38 @@ def test_gradients_nobody_sees_are_refused() -> None:
             scg.compile(model, allow_biased=True)()
 
 
+def test_unlabelled_costs_are_called_after_variables() -> None:
+    w = nn.Parameter(torch.zeros(3))
+
+    def mean_square(z: Tensor) -> Tensor:
+        return nn.functional.mse_loss(z, torch.ones(3))
+
+    def model() -> Tensor:
+        total, z = torch.zeros(()), torch.zeros(3)
+        for _ in range(2):
+            z = Normal(z + w, 1.0).sample()
+            nll = -Normal(z, 1.0).log_prob(torch.ones(3)).sum()
+            total = total + nll
+        error = mean_square(z)
+        w_cost = (z * w).abs()
+        return total + 0.5 * error + scg.cost(w_cost.sum(), "size")
+
+    compiled = scg.compile(model, estimator="score_function")
+    compiled()
+    assert [cost.label for cost in compiled.graph.costs] == ["nll", "nll_1", "error", "size"]
+    assert [cost.declared for cost in compiled.graph.costs] == [False, False, False, True]
+
+
 def test_import_is_light() -> None:
     code = (
-        "import time, sys, torch; t = time.perf_counter(); import scg; print(time.perf_counter() - t);"
-        "assert not {'networkx', 'sympy', 'rich'} & set(sys.modules) - before"
-    ).replace("import scg;", "before = set(sys.modules); import scg;")
+        "import time, sys, torch; before = set(sys.modules); t = time.process_time(); import scg;"
+        "print(time.process_time() - t);"
+        "assert not {'networkx', 'sympy', 'rich', 'torch._dynamo', 'torch._inductor'} & set(sys.modules) - before"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )
-    assert float(found.stdout) < 3.0  # seconds; a loaded machine takes several times the 0.3 of an idle one
+    assert float(found.stdout) < 3.0  # seconds; 0.3 where the bytecode is at hand, several times that where it is not
 
 
 def test_a_captured_tensor_written_in_place_is_noticed() -> None:

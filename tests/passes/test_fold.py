@@ -61,6 +61,16 @@ def test_operations_that_change_something_are_kept() -> None:
     assert names(fold_constants(capture(model, X))) == kept
 
 
+def test_adding_zero_is_the_identity_where_the_type_stays() -> None:
+    def model(x: Tensor) -> Tensor:
+        total = 0.0 + x.sin()
+        total = total + torch.zeros((), dtype=x.dtype) + x.cos()
+        return total + 0 * x[0] + x[0].exp().add(torch.zeros(3, 1, dtype=x.dtype))
+
+    graph = check_rewrite(fold_constants, model, X)
+    assert [name for name in names(graph) if name == "add.Tensor"] == ["add.Tensor"] * 4  # the last one broadcasts
+
+
 def test_views_become_reshapes_since_the_copy_before_them_may_go() -> None:
     graph = check_rewrite(fold_constants, lambda x: x.sin().t().contiguous().view(-1), X)
     assert names(graph) == ["sin", "t", "reshape"]
