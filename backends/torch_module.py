@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scg.analysis.influence import influence
 from scg.backends.coefficients import CoefficientRule
 from scg.backends.higher_order import HigherOrder
-from scg.backends.lowering import Interpreter
+from scg.backends.lowering import InputGradient, Interpreter
 from scg.backends.recorder import Recorder
 from scg.errors import LoweringError
 from scg.interception import intercept_functions
@@ -116,6 +116,13 @@ def compile_inductor(graph: Graph, program: Program) -> Callable[..., Any]:
             f"%{node.name} ({node.loc}): inductor cannot call the opaque function {node.fn.__qualname__}; use "
             f"backend='eager'"
         )
+    for call in program.module.graph.nodes:
+        if isinstance(call.target, InputGradient):
+            site = call.name.split("_term")[0]
+            raise LoweringError(
+                f"%{site}: its estimator differentiates the costs inside the step, which inductor cannot compile; use "
+                f"backend='eager' or another estimator"
+            )
     return torch.compile(program.module, fullgraph=True, dynamic=False)
 
 

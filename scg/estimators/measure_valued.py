@@ -235,7 +235,8 @@ def _multivariate(context: SiteContext) -> Tensor:
     spread = at[2] - context.signal.unsqueeze(-1)
     change = torch.linalg.solve_triangular(fixed, tril, upper=False)
     sheared = (change.tril(-1) @ whitened.unsqueeze(-1)).squeeze(-1)
-    return term + (sheared * shift + change.diagonal(dim1=-2, dim2=-1) * spread).sum(-1)
+    term = term + (sheared * shift + change.diagonal(dim1=-2, dim2=-1) * spread).sum(-1)
+    return term
 
 
 __all__ = ["TRIPLES", "MeasureValued", "Triple"]

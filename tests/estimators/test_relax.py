@@ -224,6 +224,17 @@ def test_finite_at_the_edges(estimator: str) -> None:
     )
 
 
+def test_inductor_is_refused_with_the_way_out() -> None:
+    logits = nn.Parameter(torch.zeros(2))
+
+    def loss() -> Tensor:
+        z = Bernoulli(logits=logits).sample()
+        return (z.sum() - 0.3) ** 2
+
+    with pytest.raises(scg.LoweringError, match="%z: its estimator differentiates"):
+        scg.compile(loss, estimator="rebar", backend="inductor", example_inputs=())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_relax_solves_the_toy_problem(seed: int) -> None:
