@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from scg.errors import VerifyError
-from scg.ir import Cost, Depends, Dist, Graph, LogProb, Node, Op, Param, Sample, TensorType, refs_in
+from scg.ir import Cost, Depends, Dist, Graph, Input, LogProb, Node, Op, Param, Sample, TensorType, refs_in
 
 Fault = tuple[Node | None, str]
 """A node (None: the graph as a whole) and what is wrong with it."""
@@ -126,11 +126,17 @@ def _credits_exist(graph: Graph) -> Iterator[Fault]:
                 yield node, f"is credited with {label!r}, which is no cost"
 
 
+def _learns(graph: Graph, site: Sample) -> bool:
+    """Whether a gradient is asked for upstream of the site: exogenous noise needs no estimator."""
+    above = map(graph.__getitem__, graph.ancestors([site.dist]))
+    return any(node.requires_grad for node in above if isinstance(node, (Input, Param)))
+
+
 def _credited_sites_reach_estimators(graph: Graph) -> Iterator[Fault]:
     sites = graph.of(Sample)
     if any(node.estimator is not None for node in sites):
         for node in sites:
-            if node.credits and node.estimator is None and not node.data:
+            if node.credits and node.estimator is None and not node.data and _learns(graph, node):
                 yield node, "is credited with costs but has no estimator"
 
 

@@ -359,3 +359,14 @@ def test_a_captured_tensor_written_in_place_is_noticed() -> None:
     assert compiled().item() == 2.0
     mask.mul_(10)
     assert compiled().item() == 20.0
+
+
+def test_exogenous_noise_needs_no_estimator_beside_a_site_that_does() -> None:
+    w = nn.Parameter(torch.tensor(0.4))
+
+    def loss(x: Tensor) -> Tensor:
+        noise = Normal(x, 0.1).sample()
+        return Bernoulli(logits=w * noise).sample().mean()
+
+    compiled = scg.compile(loss, example_inputs=(torch.ones(3),))
+    assert [site.estimator for site in compiled.graph.sites.values()] == [None, "enumerate"]
