@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Normal
+from torch.distributions import Bernoulli, Distribution, Normal, Uniform
 
 import scg
 from scg.analysis.influence import Relation
@@ -235,3 +235,58 @@ def test_a_planted_fault_is_caught_and_named(name: str, monkeypatch: pytest.Monk
 def test_a_right_program_passes(model: type[nn.Module], options: dict[str, Any]) -> None:
     check = scg.gradcheck(scg.compile(model(), **options), n=300)
     assert check.passed and not check.suspects, check
+
+
+def test_a_declared_bias_is_measured_and_passes() -> None:
+    check = scg.gradcheck(scg.compile(Bits(), estimator="straight_through"), n=300)
+    verdicts = {found.name: found.verdict for found in check.parameters}
+    assert check and verdicts == {"w": "biased, as declared", "v": "ok"}
+
+
+class Stretched(nn.Module):
+    """A uniform draw whose bound is learned: nothing for the score function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top = nn.Parameter(torch.tensor([1.5, 2.0], dtype=F64))
+
+    def forward(self) -> Tensor:
+        z = Uniform(torch.zeros(2, dtype=F64), self.top).rsample()
+        return (z**2).sum()
+
+
+def test_references_of_a_continuous_program() -> None:
+    model = Stretched()
+    compiled = scg.compile(model)
+    truth = {"top": 2 * model.top.detach() / 3}
+    assert scg.gradcheck(compiled, n=200, reference=truth).passed
+    assert not scg.gradcheck(compiled, n=200, reference={"top": -truth["top"]}, blame=False).passed
+    found = scg.gradcheck(compiled, n=200)
+    assert found.passed and len(found.parameters) == 1 and found.reference.startswith("finite differences")
+    jump = scg.compile(Threshold())
+    score, shifts = (scg.gradcheck(jump, n=200, reference=way) for way in ("score_function", "finite_differences"))
+    assert score.passed and shifts.passed and "score function" in score.reference
+    exact = 1 + 2 * Normal(0.0, 1.0).log_prob(torch.tensor([0.3, -0.2])).exp()  # d/dmu of E[2 1[z > 0] + z]
+    for check in (score, shifts):
+        (mu,) = check.parameters
+        assert mu.gradient == pytest.approx(float(exact.max()), rel=0.25)
+    with pytest.raises(scg.EstimatorError, match="reference='guess' must be one of"):
+        scg.gradcheck(jump, reference="guess")
+
+
+def test_nothing_is_left_changed() -> None:
+    compiled = scg.compile(Bits(), estimator=ScoreFunction(baseline="moving_average"))
+    compiled()
+    state = {key: value.clone() for key, value in compiled.state_dict().items()}
+    generator = torch.get_rng_state()
+    check = scg.gradcheck(compiled, n=50)
+    assert torch.equal(generator, torch.get_rng_state())
+    for key, value in compiled.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=0)
+    assert "passed" in str(check) and check.to_html().count("<table>") == 1
+
+
+def test_too_few_draws_are_said_to_be_too_few() -> None:
+    compiled = scg.compile(Bits(), estimator=ScoreFunction(baseline=None))
+    (w, _) = scg.gradcheck(compiled, n=3).parameters
+    assert w.verdict == "too noisy"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from scg.errors import EstimatorError
 from scg.ir import Sample
 from scg.measure.blame import Blame, Suspect
 from scg.measure.draws import Estimates, traced, untouched
@@ -123,6 +124,8 @@ def gradcheck(
         estimates = Estimates(compiled, args, kwargs, warm_up=WARM_UP)
         estimates.take(n)
         checks = judge(estimates.moments, truth)
+        if not checks:
+            raise EstimatorError("the reference gradient is not known for any parameter: it is NaN everywhere")
         if failed(checks):
             estimates.take(3 * n)
             checks = judge(estimates.moments, truth)

@@ -157,6 +157,7 @@ class Comparison:
         axes = figure.add_subplot()
         axes.set(xscale="log", yscale="log", xlabel="milliseconds a step", ylabel="variance of the gradient")
         axes.set_title(f"estimators of {self.name}")
+        axes.margins(x=0.3)  # room for names
         for unbiased, marker, name in ((True, "o", "unbiased"), (False, "x", "biased")):
             chosen = [row for row in rows if row.unbiased is unbiased]
             if chosen:

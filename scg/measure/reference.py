@@ -132,9 +132,9 @@ def _finite_differences(
         kept = flat[place].clone()
         try:
             flat[place] = kept + STEP
-            above, ahead = loss(seed), flat[place].double()
+            above, ahead = loss(seed), float(flat[place])
             flat[place] = kept - STEP
-            return (above - loss(seed)) / (ahead - flat[place].double())  # the step as it was rounded
+            return (above - loss(seed)) / (ahead - float(flat[place]))  # the step as it was rounded
         finally:
             flat[place] = kept
 
