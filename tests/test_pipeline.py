@@ -333,8 +333,9 @@ def test_unlabelled_costs_are_called_after_variables() -> None:
 
     compiled = scg.compile(model, estimator="score_function")
     compiled()
-    assert [cost.label for cost in compiled.graph.costs] == ["nll", "nll_1", "error", "size"]
-    assert [cost.declared for cost in compiled.graph.costs] == [False, False, False, True]
+    declared = {cost.label: cost.declared for cost in compiled.graph.costs.values()}
+    assert declared == {"nll": False, "nll_1": False, "error": False, "size": True}
+    assert compiled.graph.sites["z_1"].credits == ("nll_1", "error", "size")
 
 
 def test_import_is_light() -> None:
