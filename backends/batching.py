@@ -507,12 +507,14 @@ def _unsqueeze(call: Call) -> Any:
 
 def _flip(call: Call) -> Any:
     x: Batched = call.args[0]
-    return torch.flip(x.tensor, _dims_list(call.args[1], x.ndim)) if call.args[1] else x.tensor
+    return torch.flip(x.tensor, _dims_list(call.args[1], x.ndim)) if call.args[1] and x.ndim else x.tensor
 
 
 def _roll(call: Call) -> Any:
     x: Batched = call.args[0]
     dims = call.arg(2, "dims", ())
+    if x.ndim == 0:
+        return x.tensor
     if not dims:
         flat = x.tensor.reshape([*call.sizes, -1])
         return torch.roll(flat, call.args[1], -1).reshape(x.tensor.shape)
@@ -726,6 +728,8 @@ def _index_select(call: Call) -> Any:
     x, dim, index = call.args
     if index.dims:
         raise NoRule
+    if x.ndim == 0:  # by the index 0 alone
+        return x.tensor
     return torch.index_select(x.tensor, _negative(dim, x.ndim), index.tensor)
 
 

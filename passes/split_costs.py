@@ -155,7 +155,7 @@ class _Split:
         everything = list(range(operand.ndim))
         if node.op_name in ("sum.dim_IntList", "mean.dim"):
             dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-            return [d % max(operand.ndim, 1) for d in dims] if dims else everything
+            return [d % operand.ndim for d in dims] if dims and operand.ndim else everything
         return everything
 
 
