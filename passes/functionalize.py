@@ -30,8 +30,8 @@ from torch._subclasses import FakeTensorMode
 
 from scg.errors import TraceError
 from scg.ir import (
-    Cost,
     Bound,
+    Cost,
     Depends,
     Dist,
     Graph,

@@ -54,9 +54,7 @@ class AntitheticPair(Antithetic):
         """The noise of a pair, of the shape of ``p``."""
         return torch.rand_like(p)
 
-    def draw_rows(
-        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
-    ) -> Draw:
+    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]) -> Draw:
         p = probability(dist, shape)
         u = self.uniform(p)
         bits = torch.stack([u < p, u >= 1 - p])  # [2, *shape | *B]; never wrong at p = 0 and 1

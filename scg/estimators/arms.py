@@ -50,9 +50,7 @@ class ARMS(Antithetic):
     def rows(self) -> int:
         return self.samples or 4
 
-    def draw_rows(
-        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
-    ) -> Draw:
+    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]) -> Draw:
         p = probability(dist, shape)
         return Draw(self.bits(p).to(dtype_of(dist)))
 

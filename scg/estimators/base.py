@@ -305,9 +305,7 @@ class RowEstimator(ScoreEstimator):
         """How many outcomes: the size of the site's own sample dim."""
         raise NotImplementedError
 
-    def draw_rows(
-        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
-    ) -> Draw:
+    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]) -> Draw:
         """All rows of ``shape`` independent draws.
 
         Args:

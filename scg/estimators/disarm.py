@@ -37,9 +37,7 @@ class DisARM(AntitheticPair):
     formula: ClassVar[str] = r"\tfrac12 (f(b) - f(\tilde b)) (b - \tilde b)\, \sigma(|\theta|)\, \nabla \theta"
     families: ClassVar[tuple[str, ...]] = ("Bernoulli", "Categorical", "OneHotCategorical")
 
-    def draw_rows(
-        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
-    ) -> Draw:
+    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]) -> Draw:
         if isinstance(dist, Bernoulli):
             return super().draw_rows(dist, shape, support, joined)
         assert support is not None

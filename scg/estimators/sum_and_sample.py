@@ -56,9 +56,7 @@ class SumAndSample(SubsetEstimator):
         """How many outcomes are sampled."""
         return self.samples or 1
 
-    def draw_rows(
-        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
-    ) -> Draw:
+    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]) -> Draw:
         assert support is not None
         outcomes = Outcomes(dist, shape, support, joined)
         log_p = outcomes.log_p  # [*N, outcomes]

@@ -57,9 +57,7 @@ class UnorderedSet(SubsetEstimator):
     def rows(self) -> int:
         return self.samples or 2
 
-    def draw_rows(
-        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
-    ) -> Draw:
+    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]) -> Draw:
         assert support is not None
         outcomes = Outcomes(dist, shape, support, joined)
         index, _ = self.race(outcomes.log_p, self.rows)

@@ -40,9 +40,7 @@ class WithoutReplacement(SubsetEstimator):
     def rows(self) -> int:
         return self.samples or 2
 
-    def draw_rows(
-        self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]
-    ) -> Draw:
+    def draw_rows(self, dist: Distribution, shape: torch.Size, support: Tensor | None, joined: tuple[int, ...]) -> Draw:
         assert support is not None
         outcomes = Outcomes(dist, shape, support, joined)
         index, after = self.race(outcomes.log_p, self.rows)
