@@ -242,7 +242,8 @@ class _Choice:
             assert isinstance(node, Cost)
             if above and node.value not in above:
                 raise EstimatorError(
-                    f"%{node.value} ({node.loc}): a multi-sample bound must reach the objective through linear operations"
+                    f"%{node.value} ({node.loc}): a multi-sample bound must reach the objective through linear "
+                    "operations"
                 )
         return any(name == site.name and self.graph.ancestors([cost]) & bounds for name, cost in self.graph.credit)
 

@@ -195,13 +195,13 @@ def _objective(outputs: Any, place: str) -> Tensor:
         found = outputs.get("loss")
     if not isinstance(found, Tensor):
         raise TraceError(
-            f"{place}the model returned {_kind(outputs)}, which holds no objective: return a scalar loss, a tuple that starts "
-            'with it, or a dict with it under "loss".'
+            f"{place}the model returned {_kind(outputs)}, which holds no objective: return a scalar loss, a tuple that "
+            'starts with it, or a dict with it under "loss".'
         )
     if found.ndim or not found.is_floating_point():
         raise TraceError(
-            f"{place}the objective is a {found.dtype} tensor of shape {tuple(found.shape)}, not a floating-point scalar: "
-            "reduce it with .mean() or .sum()."
+            f"{place}the objective is a {found.dtype} tensor of shape {tuple(found.shape)}, not a floating-point "
+            "scalar: reduce it with .mean() or .sum()."
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Ordinary models: where every site is reparameterized, the compiled gradient is the one of plain PyTorch, draw by draw."""
+"""Ordinary models: with every site reparameterized, the compiled gradient is that of plain PyTorch, draw by draw."""
 
 from __future__ import annotations
 
@@ -191,14 +191,14 @@ class _StraightThrough(torch.autograd.Function):
         return (x > 0).float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return 2 * gradient
 
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_custom_functions_keep_their_backward(samples: int) -> None:
     m = nn.Parameter(torch.tensor([0.3, -0.2]))
-    step = _StraightThrough.apply
+    step: Any = _StraightThrough.apply
 
     def loss() -> Tensor:
         z = D.Normal(m, 1.0).rsample()
