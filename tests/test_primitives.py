@@ -51,6 +51,10 @@ class Recording:
         self.seen.append(f"depends {dims}")
         return value
 
+    def multisample(self, value: Tensor, alpha: float) -> Tensor:
+        self.seen.append(f"multisample {alpha}")
+        return value
+
     def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.seen.append(f"opaque {spec.fn.__name__} {spec.batch_dims}")
         return spec.fn(*args, **kwargs)
@@ -64,11 +68,11 @@ def test_a_handler_is_for_its_thread_and_its_block() -> None:
     handler, elsewhere = Recording(), []
     with handling(handler):
         z = sample(Bernoulli(0.5), "z")
-        cost(depends(step(z), on=z, dims=("mixed",)), "c")
+        cost(multisample(depends(step(z), on=z, dims=("mixed",))), "c")
         thread = threading.Thread(target=lambda: elsewhere.append(active_handler()))
         thread.start()
         thread.join()
         with handling(None):
             sample(Bernoulli(0.5), "unseen")
-    assert handler.seen == ["sample z", "opaque step 1", "depends ('mixed',)", "cost c"]
+    assert handler.seen == ["sample z", "opaque step 1", "depends ('mixed',)", "multisample 0.0", "cost c"]
     assert elsewhere == [None] and active_handler() is None
