@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Normal
 
-from scg.primitives import OpaqueSpec, active_handler, cost, depends, handling, opaque, sample
+from scg.primitives import OpaqueSpec, active_handler, cost, depends, handling, multisample, opaque, sample
 
 
 def test_outside_a_trace_they_do_the_plain_thing() -> None:
