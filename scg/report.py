@@ -167,10 +167,10 @@ def _draws(graph: Graph, site: Sample) -> int:
 
 
 def objective_text(graph: Graph) -> str:
-    """``E[mean], linear in nll, kl``: the objective's own name and its costs' labels, long lists cut short."""
+    """``E[loss], linear in nll, kl``: the objective's variable or name and its costs' labels, long lists cut short."""
     labels = list(dict.fromkeys(cost.label for cost in graph.costs.values()))
     if len(labels) > 6:
         labels = [*labels[:4], "…", labels[-1]]
     node = graph[graph.objective]
-    name = node.label if isinstance(node, Cost) else node.name
+    name = node.label if isinstance(node, Cost) else node.variable or node.name
     return f"E[{name}]" + (f", linear in {', '.join(labels)}" if labels and graph.tail else "")
