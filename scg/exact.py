@@ -357,7 +357,8 @@ def kept_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in kept.items():
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # a write that changes nothing would look like a change
+                    buffer.copy_(value)
 
 
 def _has_gradient(thing: object) -> bool:
