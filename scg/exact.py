@@ -140,6 +140,11 @@ class Walk:
             raise EstimatorError(f"more than {self._most:,} joint outcomes: too many to sum one by one.")
         return True
 
+    @property
+    def outcomes(self) -> int:
+        """How many runs there are if every run has as many choices as the present one."""
+        return math.prod(choices for _, choices in self._path)
+
     def choose(self, count: int) -> int:
         """The choice, below ``count``, that this run takes at its next step."""
         if self._step == len(self._path):
