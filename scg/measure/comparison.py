@@ -220,12 +220,10 @@ def compare(
     ]
     with untouched(compiled, seed=seed), progress_bar(len(settings), progress) as tick:
         race = Race(compiled, args, kwargs, most=n, refused=refused)
-        runners = []
         for setting in settings:
-            runner = race.enter(setting)
-            runners += [runner] if runner is not None else []
+            race.enter(setting)
             tick()
-        race.run(runners, time_budget)
+        race.run(race.runners, time_budget)
         rows = race.results()
     return Comparison(compiled.graph.name, tuple(rows), refused)
 

@@ -8,7 +8,6 @@ place, which bounds the seconds that stochastic gradient descent takes (Geffner 
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +57,7 @@ class Measured:
     """Whether every estimator in it says so."""
     draws: int
     seconds: float
-    """Of a forward and backward pass, the lower quartile: whatever else the machine does only adds."""
+    """Of a forward and backward pass, the fastest seen: whatever else the machine does only adds."""
     memory: int
     """The most bytes that a step holds."""
     compile_seconds: float
@@ -98,15 +97,21 @@ class Runner:
     """One setting, compiled, with its estimates so far."""
 
     setting: Setting
+    resolved: Mapping[str, Estimator | None]
+    """What stands at each site, those left to ``auto`` included."""
     estimates: Estimates
-    unbiased: bool
     memory: int
     compile_seconds: float
 
     @property
+    def unbiased(self) -> bool:
+        """Whether every estimator in it says so."""
+        return all(estimator is None or estimator.unbiased for estimator in self.resolved.values())
+
+    @property
     def seconds(self) -> float:
-        """Of a step, the lower quartile."""
-        return statistics.quantiles(self.estimates.seconds, n=4)[0]
+        """Of a step, the fastest."""
+        return min(self.estimates.seconds)
 
     def sums(self) -> dict[str, float]:
         """Variance by parameter; what is rounding is zero."""
@@ -138,23 +143,27 @@ class Race:
     """Called whenever something was measured."""
 
     def enter(self, setting: Setting) -> Runner | None:
-        """Compiles and warms up a setting; None, with the reason in `refused`, where that cannot be done."""
-        for known in self.runners:
-            if (known.setting.estimators, known.setting.samples) == (setting.estimators, setting.samples):
-                return known
+        """Compiles and warms up a setting; the one already there for the same program under another name.
+
+        None, with the reason in `refused`, where it cannot be done.
+        """
         start = time.perf_counter()
         compiled = variant(self.compiled, estimator="auto", estimators=setting.estimators, samples=setting.samples)
         try:
             traced(compiled, self.args, self.kwargs)
             took = time.perf_counter() - start
+            resolved = {site.name: site.estimator for site in compiled.graph.of(Sample)}
+            for known in self.runners:
+                if known.resolved == resolved and known.setting.samples == setting.samples:
+                    if known.setting.label != setting.label:
+                        self.refused[str(setting)] = f"the same program as {known.setting.label}"
+                    return known
             estimates = Estimates(compiled, self.args, self.kwargs, WARM_UP)
         except (ScgError, NotImplementedError) as error:
             self.refused[str(setting)] = str(error).splitlines()[0]
             return None
         device = next((param.device for param in estimates.params.values()), torch.device("cpu"))
-        used: Iterable[Estimator | None] = (site.estimator for site in compiled.graph.of(Sample))
-        unbiased = all(estimator is None or estimator.unbiased for estimator in used)
-        runner = Runner(setting, estimates, unbiased, peak_bytes(estimates.step, device), took)
+        runner = Runner(setting, resolved, estimates, peak_bytes(estimates.step, device), took)
         estimates.take(FIRST)
         self.runners.append(runner)
         self.tick()
