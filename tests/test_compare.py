@@ -110,12 +110,15 @@ def test_an_estimator_stands_where_it_fits_and_nothing_is_left_changed() -> None
     compiled = scg.compile(Mixed(), estimator=ScoreFunction(baseline="moving_average"), example_inputs=())
     state = {key: value.clone() for key, value in compiled.state_dict().items()}
     generator = torch.get_rng_state()
-    found = scg.compare(compiled, estimators=["reparam", "arm", {"b": "enumerate"}], n=20, progress=False)
+    found = scg.compare(
+        compiled, estimators=["reparam", "arm", {"b": "disarm"}, {"b": "enumerate"}], n=20, progress=False
+    )
     assert torch.equal(generator, torch.get_rng_state())
     for key, value in compiled.state_dict().items():
         torch.testing.assert_close(value, state[key])
     chosen = {row.setting.label: set(row.setting.estimators) for row in found.rows}
-    assert chosen == {"reparam": {"z"}, "arm": {"b"}, "b: enumerate": {"b"}}
+    assert chosen == {"reparam": {"z"}, "arm": {"b"}, "b: disarm": {"b"}}
+    assert found.refused["b: enumerate, K=1"] == "the same program as reparam"
     assert set(found.rows[0].variances) == {"m", "w"}
 
 
