@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from scg.backends.recorder import CustomFunction, record_call
+from scg.backends.runtime import loop_rows
 from scg.errors import LoweringError
 from scg.ir import Op, TensorType
 from scg.operations import lookup
@@ -198,13 +199,7 @@ class Mapped:
                 self.looped = True
         if not self.looped:
             return torch.vmap(self._single, in_dims=self.axes, randomness="different")(*tensors)
-        rows = [
-            self._single(*(t if axis is None else t[k] for t, axis in zip(tensors, self.axes, strict=True)))
-            for k in range(self.rows)
-        ]
-        if isinstance(rows[0], Tensor):
-            return torch.stack(rows)
-        return tuple(torch.stack(items) for items in zip(*rows, strict=True))
+        return loop_rows(self._single, tensors, self.axes, self.rows)
 
 
 def _map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -26,6 +26,7 @@ from torch.distributions.constraints import Constraint
 
 from scg.analysis.influence import Influence, Relation
 from scg.analysis.support import finite_support
+from scg.backends import runtime
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape
 from scg.backends.coefficients import Coefficient, CoefficientRule
 from scg.backends.credit_sums import credit_sum
@@ -837,7 +838,7 @@ class Variable:
     __module__ = __name__
 
     def __call__(self, value: Tensor) -> Tensor:
-        return value.detach().requires_grad_()
+        return runtime.variable(value)
 
 
 class InputGradient:
@@ -854,12 +855,7 @@ class InputGradient:
         return found if self.differentiable else found.detach()
 
     def __call__(self, scalar: Tensor, wrt: Tensor) -> Tensor:
-        if not scalar.requires_grad:
-            return torch.zeros_like(wrt)
-        (found,) = torch.autograd.grad(
-            scalar, wrt, create_graph=self.differentiable, retain_graph=True, allow_unused=True
-        )
-        return torch.zeros_like(wrt) if found is None else found
+        return runtime.input_gradient(scalar, wrt, self.differentiable)
 
 
 class _Detached(dict[str, Any]):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scg.backends.runtime import call_opaque
 from scg.errors import LoweringError
 from scg.ir import Opaque, TensorType
 
@@ -38,41 +39,16 @@ class OpaqueCall:
     def _pack(self, outs: list[Tensor]) -> Any:
         return tuple(outs) if isinstance(self.node.type, tuple) else outs[0]
 
+    @property
+    def folded(self) -> bool:
+        """Whether one call takes all rows."""
+        return self.node.batch_dims >= 1
+
     def __call__(self, *args: Any) -> Any:
-        with torch.no_grad():
-            plain = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-            rows = math.prod(self.sizes)
-            if not any(self.batched):
-                return self._pack(self._call(plain))
-            if self.node.batch_dims >= 1:
-                return self._pack(self._folded(plain, rows))
-            flat = [
-                arg.reshape([rows, *arg.shape[len(self.sizes) :]]) if carried else arg
-                for arg, carried in zip(plain, self.batched, strict=True)
-            ]
-            each = [
-                self._call([arg[k] if carried else arg for arg, carried in zip(flat, self.batched, strict=True)])
-                for k in range(rows)
-            ]
-            return self._pack([self._unflatten(torch.stack(outs)) for outs in zip(*each, strict=True)])
+        rows = math.prod(self.sizes) if self.folded and any(self.batched) else 1
+        return self._pack(call_opaque(lambda *a: self._call(a, rows), args, self.batched, self.sizes, self.folded))
 
-    def _folded(self, plain: list[Any], rows: int) -> list[Tensor]:
-        lead = len(self.sizes)
-        folded = []
-        for arg, carried in zip(plain, self.batched, strict=True):
-            if carried:
-                folded.append(arg.reshape([rows * arg.shape[lead], *arg.shape[lead + 1 :]]))
-            elif isinstance(arg, Tensor) and arg.dim() >= 1:
-                folded.append(arg.expand([rows, *arg.shape]).reshape([rows * arg.shape[0], *arg.shape[1:]]))
-            else:
-                folded.append(arg)
-        outs = self._call(folded, rows)
-        return [self._unflatten(out.reshape([rows, out.shape[0] // rows, *out.shape[1:]])) for out in outs]
-
-    def _unflatten(self, stacked: Tensor) -> Tensor:
-        return stacked.reshape([*self.sizes, *stacked.shape[1:]])
-
-    def _call(self, args: list[Any], rows: int = 1) -> list[Tensor]:
+    def _call(self, args: tuple[Any, ...], rows: int) -> list[Tensor]:
         found = self.node.fn(*args)
         outs = list(found) if isinstance(found, (tuple, list)) else [found]
         for out, type_ in zip(outs, self._types(), strict=True):

@@ -41,6 +41,9 @@ _RANDOM = {
 }  # fmt: skip
 """Functions of which two equal calls must stay two calls: they draw, or hand out fresh memory, or update a buffer."""
 
+_RESERVED = {"torch", "device", "inf", "nan", "NoneType", "self"}
+"""Names that generated code reads: no argument may take one."""
+
 _SAME_IF_SHAPE = {"reshape", "view", "expand", "broadcast_to", "expand_as", "contiguous"}
 """Functions that do nothing when the shape stays."""
 
@@ -85,6 +88,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.fake_mode = fake_mode
         self.graph = fx.Graph()
+        self.graph._graph_namespace.create_name("torch", None)  # fx takes care of all other names that it writes
         self.constants: dict[str, Tensor] = {}
         self.hint = ""
         self._nodes: dict[int, fx.Node] = {}
@@ -104,8 +108,9 @@ class Recorder(TorchFunctionMode):
         if isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad:
             fake.requires_grad_(tensor.requires_grad)
         anchor = self._placeholders[-1] if self._placeholders else self.graph._root
+        taken = _RESERVED | {str(node.target) for node in self._placeholders}
         with self.graph.inserting_after(anchor):
-            self._placeholders.append(self.graph.placeholder(name))
+            self._placeholders.append(self.graph.placeholder(_unused(name, taken)))
         return self._track(fake, self._placeholders[-1])
 
     def constant(self, tensor: Tensor) -> Tensor:
@@ -256,6 +261,13 @@ class CustomFunction:
 
     def __call__(self, *args: Any) -> Any:
         return self.function.apply(*args)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """``name``, with underscores behind it until nothing else is called so: ``a.b`` and ``a_b`` are both ``a_b``."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _has_tensor(out: Any) -> bool:

@@ -34,11 +34,6 @@ class Program:
     state: tuple[Tensor, ...]
     """Estimator state."""
 
-    @property
-    def code(self) -> str:
-        """The generated Python source."""
-        return str(self.module.code).strip() + "\n"
-
 
 def build(
     graph: Graph,
@@ -138,7 +133,7 @@ def flatten_outputs(outputs: Any, add: Callable[[Tensor], None]) -> None:
             flatten_outputs(item, add)
 
 
-def unflatten_outputs(outputs: Any, leaves: Sequence[Tensor]) -> Any:
+def unflatten_outputs(outputs: Any, leaves: Sequence[Any]) -> Any:
     """The structure ``outputs`` of the IR with ``leaves`` in the place of its references."""
     queue = iter(leaves)
     return map_refs(lambda _: next(queue), outputs)

@@ -190,10 +190,12 @@ class CompiledModule(nn.Module):
 
     @property
     def code(self) -> str:
-        """The generated Python source of the latest program."""
+        """The latest program as the text of a Python module of its own, which needs no scg: save it, import it."""
+        from scg.backends.ejected import eject
+
         graph = self.graph
         assert self._latest is not None and graph is not None
-        return self._latest.program.code
+        return eject(self._latest.program, graph)
 
     def explain(self) -> Any:
         """What was decided for every site, and why: a table as text, Markdown and HTML."""

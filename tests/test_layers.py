@@ -22,6 +22,7 @@ LAYERS = (
     {"exact"},
     {"pipeline", "diagnostics"},
     {"measure"},
+    {"cli"},
 )
 """Each may import from its own layer and those above it in this list; ``tracer`` stands for ``tracer_*`` as well."""
 
