@@ -196,6 +196,9 @@ class _Ejector:
         """How a function is written where it is called."""
         if isinstance(target, torch._ops.OpOverload):
             return str(target) if str(target).startswith("torch.") else f"torch.ops.{target}"
+        owner = getattr(target, "__self__", None)
+        if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+            return f"{self._users(owner)}.apply"
         name = getattr(target, "__name__", "")
         for prefix, owner in _OWNERS:
             if getattr(owner, name, None) is target:

@@ -132,6 +132,25 @@ def test_draws_by_rejection_are_written_out(tmp_path: Path) -> None:
     assert "def draw_VonMises" in text
 
 
+class Rounded(torch.autograd.Function):
+    """Has a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_custom_function_comes_from_the_users_file(samples: int, tmp_path: Path) -> None:
+    mu = nn.Parameter(torch.zeros(3))
+    compiled = scg.compile(lambda: Rounded.apply(Normal(mu, 1.0).rsample()).sum(), samples=samples, example_inputs=())
+    assert f"from {__name__} import Rounded" in same(compiled, (), tmp_path)
+
+
 def test_a_local_function_leaves_a_place_to_fill(tmp_path: Path) -> None:
     theta = nn.Parameter(torch.zeros(3))
 
