@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ class Rounded(torch.autograd.Function):
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_custom_function_comes_from_the_users_file(samples: int, tmp_path: Path) -> None:
     mu = nn.Parameter(torch.zeros(3))
-    compiled = scg.compile(lambda: Rounded.apply(Normal(mu, 1.0).rsample()).sum(), samples=samples, example_inputs=())
+    apply: Callable[[Tensor], Tensor] = Rounded.apply
+    compiled = scg.compile(lambda: apply(Normal(mu, 1.0).rsample()).sum(), samples=samples, example_inputs=())
     assert f"from {__name__} import Rounded" in same(compiled, (), tmp_path)
 
 
