@@ -415,7 +415,7 @@ class Interpreter:
                 sizes[places[i] or 0] = shape[wide[i]]
             return Batched(tensor.reshape([*tensor.shape[:lead], *sizes]), weight.dims)
         with compile_time():
-            points = [_point_index(relation, dim) if size > 1 else 0 for dim, size in enumerate(shape)]
+            points = [_point_index(relation, dim, ndim) if size > 1 else 0 for dim, size in enumerate(shape)]
         placed = [_placed(point) for point in points]
         return Batched(weight.tensor[(*[slice(None)] * lead, *placed)], weight.dims)
 
@@ -906,10 +906,11 @@ def _sum_last(tensor: Tensor, count: int) -> Tensor:
     return tensor.sum(tuple(range(-count, 0))) if count > 0 else tensor
 
 
-def _point_index(relation: Relation, dim: int) -> Tensor:
-    """The one site index each element sees along ``dim``; any, where it sees none."""
+def _point_index(relation: Relation, dim: int, ndim: int) -> Tensor:
+    """The one site index each element sees along ``dim``; any, where it sees none. Event dims, behind, share theirs."""
     lo, hi = relation.lo[dim], relation.hi[dim]
-    return torch.where(lo <= hi, lo, torch.zeros_like(lo)).contiguous()
+    point = torch.where(lo <= hi, lo, torch.zeros_like(lo))
+    return point[(*[slice(None)] * ndim, *[0] * (point.dim() - ndim))].contiguous()
 
 
 def _by_row(tensor: Tensor) -> Tensor:

@@ -307,11 +307,14 @@ OPERATIONS: dict[str, Operation] = {
     "one_hot": Operation("spread", discontinuous=True),
     "view_as_real": Operation("spread"),
     "view_as_complex": Operation("reduction", dims=(-1,)),
-    **_entries(Operation("scatter", linear=_positions((0, 3))), "scatter scatter_add"),
+    "scatter_add": Operation("scatter", linear=_positions((0, 3))),
+    # a plain write at an index given twice has one winner, its backward sends the gradient to both: linear in self alone
+    "scatter": Operation("scatter", linear=_FIRST),
     "scatter_reduce": Operation("scatter"),
-    **_entries(Operation("index_write", linear=_positions((0, 3))), "index_add index_copy index_fill"),
+    **_entries(Operation("index_write", linear=_positions((0, 3))), "index_add index_fill"),
+    "index_copy": Operation("index_write", linear=_FIRST),
     "index_reduce": Operation("index_write"),
-    **_entries(Operation("index_put", linear=_positions((0, 2))), "_unsafe_index_put index_put"),
+    **_entries(Operation("index_put", linear=_FIRST), "_unsafe_index_put index_put"),
     # -- normalisation --------------------------------------------------------------------------------------------
     **_entries(Operation("layer_norm"), "_fused_rms_norm layer_norm native_layer_norm rms_norm"),
     **_entries(
