@@ -910,7 +910,7 @@ def _point_index(relation: Relation, dim: int, ndim: int) -> Tensor:
     """The one site index each element sees along ``dim``; any, where it sees none. Event dims, behind, share theirs."""
     lo, hi = relation.lo[dim], relation.hi[dim]
     point = torch.where(lo <= hi, lo, torch.zeros_like(lo))
-    return point[(*[slice(None)] * ndim, *[0] * (point.dim() - ndim))].contiguous()
+    return (point.flatten(ndim)[..., 0] if point.dim() > ndim else point).contiguous()
 
 
 def _by_row(tensor: Tensor) -> Tensor:
