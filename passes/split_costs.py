@@ -85,7 +85,9 @@ class _Split:
             if not self.found.sites(name):
                 continue
             label = label.of(node)
-            if name in region and (self._worth[name] or self._free(node, region)):
+            # a cost the user named is cut where they named it, unless opening it separates something
+            passes = isinstance(node.type, tuple) or (not label.declared and self._free(node, region))
+            if name in region and (self._worth[name] or passes):
                 self.tail.add(name)
                 stack.extend((str(ref), label) for ref in reversed(self._influenced(node)))
             else:

@@ -119,3 +119,15 @@ def test_a_vae_has_one_gradient_however_it_is_written() -> None:
         want = want or got
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_named_cost_keeps_the_users_sign() -> None:
+    w = nn.Parameter(torch.zeros(3))
+
+    def model() -> Tensor:
+        z = Bernoulli(logits=w).sample()
+        return scg.cost(-(z * TARGET[:3]).cos(), "reward").mean()
+
+    graph = scg.compile(model, example_inputs=()).graph
+    cost = graph.costs["reward"]
+    assert str(graph[cost.value]).startswith("%neg")
