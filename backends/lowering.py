@@ -117,6 +117,8 @@ class Interpreter:
         """Of a rerun: the sample dims of its rows and draws, whose derivatives stay apart."""
         self._follows = False
         """Of a rerun: whether its signal keeps the gradient of its rows."""
+        self._joints: dict[Any, Batched] = {}
+        """Joint probabilities of enumerated rows, by sites and by the elements they are met with."""
         self._sums: dict[tuple[int, ...], dict[frozenset[tuple[str, int]], Tensor]] = {}
         """Sums of credited costs made so far, by shape and members."""
 
@@ -356,35 +358,77 @@ class Interpreter:
 
     # -- expectation over sample dims -----------------------------------------------------------------------------
     def expectation(self, value: Batched, of: str, keep: Sequence[str] = (), *, detach: bool = False) -> Batched:
-        """Mean over i.i.d. dims and probability-weighted sum over enumerated ones, last site first.
+        """Mean over i.i.d. dims and probability-weighted sum over enumerated ones.
 
         Args:
             value: ``[*dims | *S]`` of the node ``of``, whose influence says which weights its elements meet.
-            keep: sample dims that stay; weights given them are conditional ones.
+            keep: sample dims that stay: the weights of the others are conditional on them.
             detach: stop the gradient of the weights.
         """
-        while True:
-            left = [name for name in value.dims if name not in keep]
-            if not left:
-                return value
-            name = left[-1]
-            kind = self.dims[name].kind
-            if kind in ("iid", "coupled"):
-                mean = value.tensor.mean(value.dims.index(name))
-                value = Batched(mean, tuple(d for d in value.dims if d != name))
-            else:
-                value = self._sum_out(value, of, name, detach)
+        summed = tuple(name for name in value.dims if name in self.weights and name not in keep)
+        if summed:
+            weight = self._probability(of, value.ndim, summed, keep)
+            if detach:
+                weight = _detach(weight)
+            dims = self.dims.union(value.dims, weight.dims)
+            v, w = self.dims.align(value, dims), self.dims.align(weight, dims)
+            if any(_may_be_impossible(self.dist_node(self._site(name).dist)) for name in summed):  # 0 * inf
+                v = torch.where(w > 0, v, 0.0)
+            value = _sum_out(w * v, dims, summed)
+        drawn = [i for i, name in enumerate(value.dims) if name not in keep]
+        if not drawn:
+            return value
+        return Batched(value.tensor.mean(drawn), tuple(name for name in value.dims if name in keep))
 
-    def _sum_out(self, value: Batched, of: str, name: str, detach: bool) -> Batched:
-        weight = self._weight_for(of, name, value.ndim)
-        if detach:
-            weight = Batched(weight.tensor.detach(), weight.dims)
-        dims = self.dims.union(value.dims, weight.dims)
-        v, w = self.dims.align(value, dims), self.dims.align(weight, dims)
-        if _may_be_impossible(self.dist_node(self._site(name).dist)):  # 0 * inf
-            v = torch.where(w > 0, v, 0.0)
-        axis = dims.index(name)
-        return Batched((w * v).sum(axis), tuple(d for d in dims if d != name))
+    def _probability(self, of: str, ndim: int, names: tuple[str, ...], keep: Sequence[str]) -> Batched:
+        """Of the rows of ``names``, given those of ``keep``, as the elements of the node ``of`` meet them."""
+        kept = tuple(name for name in self.weights if name in keep)
+        if not self._closure(names, keep) & self._closure(kept, ()):
+            return self._joint(of, ndim, names, frozenset(keep))
+        drawn = frozenset(keep).difference(kept)  # what is summed is upstream of what is kept: Bayes' rule
+        both = self._joint(of, ndim, self.dims.union(names, kept), drawn)
+        given = self._joint(of, ndim, self.dims.union(kept), drawn)
+        dims = self.dims.union(both.dims, given.dims)
+        below = self.dims.align(given, dims, ndim).clamp(min=torch.finfo(given.tensor.dtype).tiny)
+        return Batched(self.dims.align(both, dims, ndim) / below, dims)
+
+    def _closure(self, names: Sequence[str], stop: Sequence[str]) -> set[str]:
+        """``names`` and the weighted sites that their weights depend on, directly or not, up to ``stop``."""
+        seen: set[str] = set()
+        stack = list(names)
+        while stack:
+            name = stack.pop()
+            if name not in seen and name not in stop and name in self.weights:
+                seen.add(name)
+                stack.extend(self.weights[name].dims)
+        return seen
+
+    def _joint(self, of: str, ndim: int, names: tuple[str, ...], stop: frozenset[str]) -> Batched:
+        """Joint probability of the rows of ``names``, the last site's weight first, sites before them summed out.
+
+            P(z_t) = sum over z_{t-1} of P(z_{t-1}) P(z_t | z_{t-1})
+
+        Messages are shared between all nodes that meet the same elements: T costs on a chain take T sums of k^2 terms.
+        """
+        met = frozenset(self.found.relation(of, name) for name in self._closure(names, stop) if self._is_wide(name))
+        key = (names, stop, ndim, met)
+        if key not in self._joints:
+            last = names[-1]
+            weight = self._weight_for(of, last, ndim)
+            before = self.dims.union(
+                names[:-1], [name for name in weight.dims if name in self.weights and name != last and name not in stop]
+            )
+            if before:
+                left = self._joint(of, ndim, before, stop)
+                dims = self.dims.union(left.dims, weight.dims)
+                product = self.dims.align(weight, dims, ndim) * self.dims.align(left, dims, ndim)
+                weight = _sum_out(product, dims, [name for name in before if name not in names])
+            self._joints[key] = weight
+        return self._joints[key]
+
+    def _is_wide(self, name: str) -> bool:
+        """Do the weights of ``name`` differ between its elements?"""
+        return any(size > 1 for size in self.weights[name].shape)
 
     def _site(self, name: str) -> Sample:
         node = self.graph[name]
@@ -396,7 +440,7 @@ class Interpreter:
         weight = self.weights[name]
         lead = len(weight.dims)
         shape = weight.shape
-        if all(size == 1 for size in shape):
+        if not self._is_wide(name):
             return Batched(weight.tensor.reshape([*weight.tensor.shape[:lead], *[1] * ndim]), weight.dims)
         relation = self.found.relation(of, name)
         if relation is None:  # the value does not depend on it: any element's weights sum to one
@@ -609,6 +653,7 @@ class Interpreter:
         child.weights = {name: _detach(weight) for name, weight in self.weights.items()}
         child.before_transform = {n: _detach(v) for n, v in self.before_transform.items() if n not in below}
         child.extras, child._shares, child._detached, child._sums = dict(self.extras), {}, {}, {}
+        child._joints = {}
         all_dims = (row.name, *dims)
         child._rerunning, child.training, child._kept = True, False, all_dims
         child.env[site.name] = Batched(values, all_dims)
@@ -621,7 +666,7 @@ class Interpreter:
         found = child.signal(site, all_dims)
         assert found is not None
         signal, scale = found
-        child._follows, child._shares, child._detached, child._sums = False, {}, {}, {}
+        child._follows, child._shares, child._detached, child._sums, child._joints = False, {}, {}, {}, {}
         return Rerun(signal, child._total(costs, wanted, scale) if differentiable else None)
 
     def _total(self, costs: list[str], wanted: set[str], scale: float) -> Tensor:
@@ -870,6 +915,12 @@ class _Detached(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         self.__dict__.setdefault("own", set()).add(name)
         super().__setitem__(name, value)
+
+
+def _sum_out(tensor: Tensor, dims: tuple[str, ...], names: Sequence[str]) -> Batched:
+    """``[*dims | …]`` without the dims ``names``."""
+    axes = [dims.index(name) for name in names]
+    return Batched(tensor.sum(axes) if axes else tensor, tuple(name for name in dims if name not in names))
 
 
 def _detach(value: Batched) -> Batched:

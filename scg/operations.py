@@ -308,7 +308,7 @@ OPERATIONS: dict[str, Operation] = {
     "view_as_real": Operation("spread"),
     "view_as_complex": Operation("reduction", dims=(-1,)),
     "scatter_add": Operation("scatter", linear=_positions((0, 3))),
-    # a plain write at an index given twice has one winner, its backward sends the gradient to both: linear in self alone
+    # of two writes to one place one wins, but the backward sends the gradient to both: linear in self alone
     "scatter": Operation("scatter", linear=_FIRST),
     "scatter_reduce": Operation("scatter"),
     **_entries(Operation("index_write", linear=_positions((0, 3))), "index_add index_fill"),
