@@ -15,7 +15,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -392,7 +392,7 @@ class Interpreter:
         below = self.dims.align(given, dims, ndim).clamp(min=torch.finfo(given.tensor.dtype).tiny)
         return Batched(self.dims.align(both, dims, ndim) / below, dims)
 
-    def _closure(self, names: Sequence[str], stop: Sequence[str]) -> set[str]:
+    def _closure(self, names: Sequence[str], stop: Collection[str]) -> set[str]:
         """``names`` and the weighted sites that their weights depend on, directly or not, up to ``stop``."""
         seen: set[str] = set()
         stack = list(names)
@@ -410,8 +410,8 @@ class Interpreter:
 
         Messages are shared between all nodes that meet the same elements: T costs on a chain take T sums of k^2 terms.
         """
-        met = frozenset(self.found.relation(of, name) for name in self._closure(names, stop) if self._is_wide(name))
-        key = (names, stop, ndim, met)
+        wide = [name for name in self._closure(names, stop) if self._is_wide(name)]
+        key = (names, stop, ndim, frozenset((name, self.found.relation(of, name)) for name in wide))
         if key not in self._joints:
             last = names[-1]
             weight = self._weight_for(of, last, ndim)

@@ -21,13 +21,17 @@ from scg.analysis.support import finite_support, moving_bound
 from scg.errors import EstimatorError
 from scg.estimators import ESTIMATORS, Estimator, get_estimator
 from scg.estimators.base import EnumeratingEstimator, SiteInfo
-from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, own_dims, rerun_break
+from scg.estimators.enumerate_ import Enumerate
+from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, meeting, own_dims, rerun_break
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Bound, Cost, Depends, Dist, Graph, Input, LogProb, Node, Op, Param, Sample, TensorType
 from scg.operations import is_linear
 
-AUTO_ROWS = 32
-"""Most rows that ``auto`` enumerates at any node: beyond, draws are cheaper."""
+ENUMERATE_LIMIT = 32
+"""Most rows at which ``auto`` evaluates any node: beyond, draws are cheaper."""
+
+TABLE_LIMIT = 2**16
+"""Most entries an element of a table of joint probabilities, which meets no operation of the model."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class InsertEstimators:
     order: int = 1
     allow_biased: bool | None = None
     """False makes a biased choice an error."""
+    enumerate_limit: int = ENUMERATE_LIMIT
+    """Most rows at which ``auto`` evaluates any node to enumerate a site."""
 
     def __call__(self, graph: Graph) -> Graph:
         """Fills ``estimator``, ``reason`` and the sample dims of every type.
@@ -72,7 +78,7 @@ class _Choice:
         self.found: Influence = influence(graph)
         self.smooth: Smoothness = smoothness(graph)
         self.rows: dict[str, int] = {}
-        """Enumerated rows so far at each node."""
+        """Of each site enumerated so far."""
 
     def decide(self, site: Sample) -> Sample:
         graph, options = self.graph, self.options
@@ -105,6 +111,7 @@ class _Choice:
                 raise self._misfit(site, explicit, "its second derivative is not right, and order=2 was given", info)
             self._check_draws(site, explicit)
             self._check_reads(site, explicit)
+            self._check_meeting(site, explicit, info)
             return self._set(site, explicit, f"asked for by {source}")
         if not credited:
             return self._set(site, None, "influences no cost")
@@ -125,29 +132,36 @@ class _Choice:
         smooth = reparam.check(info)
         if smooth:
             return self._set(site, reparam, "the path to every credited cost is differentiable and continuous")
-        rows = self._joint_rows(site, info)
-        if enumerate_.check(info) and rows <= AUTO_ROWS:
+        against = self._against_enumeration(site, info)
+        if against is None:
             return self._set(site, enumerate_, f"finite support: {info.rows} rows, exact")
         fits = score.check(info)
         if not fits:
             raise self._misfit(site, score, fits.reason, info)
         why = f"not reparam: {smooth.reason}"
         if info.rows is not None and not site.value:
-            why += f"; not enumerate: {rows:.3g} rows is over {AUTO_ROWS}"
+            why += f"; not enumerate: {against}"
         return self._set(site, score, why)
 
     def _set(self, site: Sample, estimator: Estimator | None, reason: str) -> Sample:
         if isinstance(estimator, EnumeratingEstimator):
-            rows = self.info(site).rows or 1
-            for name in self.graph.descendants([site.name]):
-                self.rows[name] = self.rows.get(name, 1) * rows
+            self.rows[site.name] = self.info(site).rows or 1
         return dataclasses.replace(site, estimator=estimator, reason=reason)
 
-    def _joint_rows(self, site: Sample, info: SiteInfo) -> int:
-        rows = info.rows or 1
-        below = self.graph.descendants([site.name])
-        return max((rows * self.rows.get(node.name, 1) for node in self.graph.of(Cost, Sample) if node.name in below),
-                   default=rows)  # fmt: skip
+    def _against_enumeration(self, site: Sample, info: SiteInfo) -> str | None:
+        """Why ``auto`` does not enumerate ``site`` beside the sites enumerated so far; None where it does."""
+        fits, limit = ESTIMATORS["enumerate"]().check(info), self.options.enumerate_limit
+        if not fits:
+            return fits.reason
+        assert info.rows is not None
+        if info.rows > limit:
+            return f"{info.rows:.3g} rows is over {limit}"
+        met = meeting(self.graph, {**self.rows, site.name: info.rows})
+        if met.rows > limit:
+            return f"{met.rows:.3g} rows would meet at %{met.node}, over {limit}"
+        if met.table > TABLE_LIMIT:
+            return f"a table of {met.table:.3g} joint probabilities would be needed, over {TABLE_LIMIT}"
+        return None
 
     def _check_draws(self, site: Sample, estimator: Estimator) -> None:
         if not isinstance(estimator, ScoreFunction) or estimator.baseline != "leave_one_out":
@@ -158,6 +172,17 @@ class _Choice:
                 f"%{site.name} ({site.loc}): the leave_one_out baseline needs two or more draws; give samples=2 to "
                 f"scg.compile or to the estimator, or use baseline='moving_average'"
             )
+
+    def _check_meeting(self, site: Sample, estimator: Estimator, info: SiteInfo) -> None:
+        if not isinstance(estimator, Enumerate) or info.rows is None:
+            return
+        met = meeting(self.graph, {**self.rows, site.name: info.rows})
+        if max(met.rows, met.table) <= estimator.limit:
+            return
+        table = f"a table of {met.table:.3g} joint probabilities would be needed"
+        what = f"{met.rows:.3g} rows would meet at %{met.node}" if met.rows > estimator.limit else table
+        reason = f"with the sites enumerated above it, {what}, over {estimator.limit}"
+        raise self._misfit(site, estimator, reason, info)
 
     def _check_reads(self, site: Sample, estimator: Estimator) -> None:
         """A baseline must not see a consequence of its site."""
@@ -294,6 +319,8 @@ def annotate_dims(graph: Graph) -> Graph:
             order[node.name] = index
             own = own_dims(node, graph.samples)
         inherited = {dim for ref in node.inputs for dim in dims[ref]}
+        if isinstance(node, Sample) and isinstance(node.estimator, EnumeratingEstimator):
+            inherited = set()  # the parameters' dims are those of its probabilities
         found = tuple(sorted(inherited | set(own), key=lambda dim: order[dim]))
         dims[node.name] = () if node.name in graph.tail else found
         if isinstance(node.type, TensorType) and node.type.sample != dims[node.name]:

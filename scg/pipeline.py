@@ -23,6 +23,7 @@ from scg.estimators.state import make_states
 from scg.holder import Holder
 from scg.ir import Graph
 from scg.passes import InsertEstimators, pipeline
+from scg.passes.insert_estimators import ENUMERATE_LIMIT
 from scg.tracer import trace as trace_graph
 from scg.verifier import verify
 
@@ -45,6 +46,7 @@ class Options:
     credit: str = "element"
     allow_biased: bool | None = None
     debug: bool = False
+    enumerate_limit: int = ENUMERATE_LIMIT
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -130,6 +132,7 @@ class CompiledModule(nn.Module):
             samples=options.samples,
             order=options.order,
             allow_biased=options.allow_biased,
+            enumerate_limit=options.enumerate_limit,
         )
         graph = run_passes(graph, insert, options.credit)
         states = make_states(graph, self.estimators)
@@ -350,6 +353,7 @@ def compile(
     credit: str = "element",
     allow_biased: bool | None = None,
     debug: bool = False,
+    enumerate_limit: int = ENUMERATE_LIMIT,
 ) -> CompiledModule:
     """Compiles a stochastic model into a module with the same call and a right gradient through its samples.
 
@@ -361,12 +365,13 @@ def compile(
         samples: K draws of the whole stochastic program; the value and the gradient are their means.
         backend: ``"eager"`` or ``"inductor"``.
         example_inputs: trace at once with these positional arguments; else at the first call.
-        dynamic: the leading batch size is free.
+        dynamic: the leading batch size may change; each new size is traced once and kept.
         order: 2 makes second derivatives right too.
         credit: ``"element"``, or ``"node"`` (whole cost tensors), or ``"none"`` (the scalar loss), for comparison.
         allow_biased: ``False`` makes a biased estimator an error; an explicit ``True`` also lets gradients pass that no
             estimator sees, with a warning.
         debug: check every distribution's parameters at run time, and name the site.
+        enumerate_limit: most rows at which ``"auto"`` evaluates any value to enumerate finite sites.
 
     Returns:
         A module with the model's call and output structure.
@@ -380,7 +385,7 @@ def compile(
         get_estimator(spec)
     options = Options(
         estimator=estimator, estimators=dict(estimators or {}), samples=samples, backend=backend, dynamic=dynamic,
-        order=order, credit=credit, allow_biased=allow_biased, debug=debug,
+        order=order, credit=credit, allow_biased=allow_biased, debug=debug, enumerate_limit=enumerate_limit,
     )  # fmt: skip
     compiled = CompiledModule(model, options)
     if example_inputs is not None:

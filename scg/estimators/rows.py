@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from scg.analysis.influence import Influence
 from scg.estimators.base import EnumeratingEstimator, RowEstimator, ScoreEstimator
@@ -17,6 +19,56 @@ def enumeration_rows(graph: Graph, found: Influence, site: Sample, support: int)
     joined = joined_dims(graph, found, site)
     shape = site.tensor.shape
     return int(support ** math.prod(shape[dim] for dim in joined))
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How many outcomes of enumerated sites stand side by side."""
+
+    rows: int
+    """Most at the value of any node: what the program is evaluated at."""
+    table: int
+    """Most in any table of joint probabilities."""
+    node: str
+    """Where the most rows meet."""
+
+
+def meeting(graph: Graph, rows: Mapping[str, int]) -> Meeting:
+    """The rows and tables that exact enumeration needs, sites before the last ones summed out first.
+
+    A value carries the sites it is computed from, and an enumerated value just its own: its parameters stand in its
+    probabilities. So a chain of T sites of k outcomes has k rows everywhere, and T tables of k^2.
+
+    Args:
+        graph: with credit assigned.
+        rows: of each site that is enumerated.
+    """
+    order = {site: index for index, site in enumerate(node.name for node in graph if node.name in rows)}
+    values: dict[str, frozenset[str]] = {}
+    parents: dict[str, frozenset[str]] = {}
+
+    def count(names: Iterable[str]) -> int:
+        return math.prod(rows[name] for name in names)
+
+    most, where = 1, ""
+    for node in graph:
+        carried: frozenset[str] = frozenset().union(*(values[ref] for ref in node.inputs))
+        if node.name in rows:
+            parents[node.name], carried = carried, frozenset([node.name])
+        values[node.name] = frozenset() if node.name in graph.tail else carried
+        if (found := count(values[node.name])) > most:
+            most, where = found, node.name
+    table = 1
+    stack = [values[node.name] for node in graph.of(Cost, Sample)]
+    seen: set[frozenset[str]] = set()
+    while stack:
+        names = stack.pop()
+        if names and names not in seen:
+            seen.add(names)
+            last = max(names, key=order.__getitem__)
+            table = max(table, count(names | parents[last]))
+            stack.append((names | parents[last]) - {last})
+    return Meeting(most, table, where)
 
 
 def joined_dims(graph: Graph, found: Influence, site: Sample) -> tuple[int, ...]:
