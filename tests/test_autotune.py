@@ -86,7 +86,7 @@ def test_each_site_gets_its_own() -> None:
 
 
 def test_a_biased_estimator_needs_leave() -> None:
-    options: dict[str, Any] = {"estimators": ["straight_through"], "budget": 1, "samples": (1,), "progress": False}
+    options: dict[str, Any] = {"estimators": ["straight_through"], "budget": 30, "samples": (1,), "progress": False}
     strict, free = (scg.autotune(Mixed(), allow_biased=yes, **options).comparison for yes in (False, True))
     assert [row.setting.label for row in strict.rows] == ["as compiled", "auto"][: len(strict.rows)]
     assert "straight_through" in [row.setting.label for row in free.rows]
