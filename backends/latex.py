@@ -101,7 +101,8 @@ class _Writer:
             return r"\log " + self._family(node.dist, self._expression(node.value, 0) + r";\, ")
         if isinstance(node, Op) and depth:
             reads = ", ".join(self._expression(read, depth - 1) for read in node.inputs)
-            return rf"\mathrm{{{_escape(node.op_name.partition('.')[0])}}}({reads})"
+            name = node.op_name.partition(".")[0]
+            return f"-{reads}" if name == "neg" else rf"\mathrm{{{_escape(name)}}}({reads})"
         if isinstance(node, Opaque):
             return rf"\mathtt{{{_escape(node.fn.__name__)}}}({', '.join(self._reads(node.inputs)[1])})"
         return symbol(node.path if isinstance(node, (Input, Param)) else node.name)

@@ -34,12 +34,12 @@ def test_a_vae_word_for_word() -> None:
     lines = str(compiled.formula()).splitlines()
     assert lines == [
         r"\begin{aligned}",
-        r"\mathcal{L}(\theta) &= \mathbb{E}_{z}\Big[ -\tfrac{1}{5} \sum \mathit{nll} \Big] \\",
-        r"\mathit{nll} &= \mathrm{sum}(\log \mathrm{Bernoulli}(x;\, \mathrm{logits}_{\mathtt{dec}}(z))) \\",
+        r"\mathcal{L}(\theta) &= \mathbb{E}_{z}\Big[ \tfrac{1}{5} \sum \mathit{nll} \Big] \\",
+        r"\mathit{nll} &= -\mathrm{sum}(\log \mathrm{Bernoulli}(x;\, \mathrm{logits}_{\mathtt{dec}}(z))) \\",
         r"z &\sim \mathrm{Bernoulli}(\mathrm{logits}_{\mathtt{enc}}(x)) \\",
         r"\hat g_{z} &= (Q - b)\, \nabla_\theta \log p_\theta(z),\quad \theta = \mathtt{enc},\quad "
-        r"Q = -\tfrac{1}{5} \sum_{e \succ z} {\mathit{nll}}_e,\quad b = \text{leave\_one\_out} \\",
-        r"\mathcal{S} &= \frac{1}{4} \sum_k \Big[ -\tfrac{1}{5} \sum \mathit{nll} \Big] + "
+        r"Q = \tfrac{1}{5} \sum_{e \succ z} {\mathit{nll}}_e,\quad b = \text{leave\_one\_out} \\",
+        r"\mathcal{S} &= \frac{1}{4} \sum_k \Big[ \tfrac{1}{5} \sum \mathit{nll} \Big] + "
         r"\sum_{s \in \{z\}} (t_s - \bot(t_s)),\quad \nabla t_s = \hat g_s,\quad \bot = \text{stop}",
         r"\end{aligned}",
     ]
