@@ -260,9 +260,18 @@ def vectors(w: Weights) -> Tensor:
     return ((s + 0.5) * a.flip(0) * X3[:2]).sum() + (s * b).sum()
 
 
+def partly_above(w: Weights) -> Tensor:
+    """Only one element of the sampled site follows from the enumerated one, the other meets it in a cost."""
+    b = scg.sample(Bernoulli(logits=w.v2), "b")
+    s = scg.sample(Bernoulli(logits=torch.stack([w.v3[0], 1.5 * b[0] + w.v3[1]])), "s")
+    return s[0] * (b[1] - 0.2) * 2 + s[1] * b[0]
+
+
 @pytest.mark.parametrize("estimator", ["score_function", "local_expectation", "measure_valued"])
 @pytest.mark.parametrize(
-    "program", [below_two_enumerated, below_a_fork, between, vectors], ids=lambda program: program.__name__
+    "program",
+    [below_two_enumerated, below_a_fork, between, vectors, partly_above],
+    ids=lambda program: program.__name__,
 )
 def test_sampled_among_enumerated(program: Callable[[Weights], Tensor], estimator: str) -> None:
     w = Weights()

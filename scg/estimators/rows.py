@@ -82,11 +82,18 @@ def joined_dims(graph: Graph, found: Influence, site: Sample) -> tuple[int, ...]
         relation = found.relation(node.name, site.name)
         if node.name == site.name or relation is None:
             continue
-        joined |= {dim for dim in range(ndim) if site.tensor.shape[dim] > 1 and not relation.pointlike(dim)}
+        # an inner draw of which some elements see no element of this site could not say with which one it is weighted
+        unseen = isinstance(node, Sample) and not _enumerated(node) and bool(relation.empty.any())
+        wide = [dim for dim in range(ndim) if site.tensor.shape[dim] > 1]
+        joined |= {dim for dim in wide if unseen or not relation.pointlike(dim)}
     for (name, _), edge in graph.credit.items():  # coarse credit hands an element the costs of others too
         if name == site.name and isinstance(site.estimator, ScoreEstimator):
             joined |= {dim for dim, mixed in enumerate(edge.mixed) if mixed and site.tensor.shape[dim] > 1}
     return tuple(sorted(joined))
+
+
+def _enumerated(site: Sample) -> bool:
+    return isinstance(site.estimator, EnumeratingEstimator)
 
 
 def rerun_break(graph: Graph, site: Sample) -> str | None:
