@@ -108,6 +108,9 @@ class Interpreter:
         """Negative log weights of the draws that multi-sample bounds join, by bound."""
         self.weights: dict[str, Batched] = {}
         """Probabilities of the rows of enumerated sites, ``[*dims, R | *elements]``, size 1 along joined dims."""
+        self._edges_of: dict[str, list[CreditEdge]] = {}
+        for (name, _), edge in graph.credit.items():
+            self._edges_of.setdefault(name, []).append(edge)
         self._coefficients = coefficients
         self._shares: dict[Any, Tensor] = {}
         self._detached: dict[str, Batched] = {}
@@ -565,7 +568,7 @@ class Interpreter:
         return Weighted(term, scale / math.prod(self.dims.sizes(left)))
 
     def _edges(self, site: Sample) -> list[CreditEdge]:
-        edges = [edge for (name, _), edge in self.graph.credit.items() if name == site.name]
+        edges = self._edges_of.get(site.name, [])
         return [edge for edge in edges if not self.coefficients[edge.cost].is_zero]
 
     # -- multi-sample bounds --------------------------------------------------------------------------------------
@@ -657,7 +660,7 @@ class Interpreter:
         all_dims = (row.name, *dims)
         child._rerunning, child.training, child._kept = True, False, all_dims
         child.env[site.name] = Batched(values, all_dims)
-        costs = [cost for name, cost in self.graph.credit if name == site.name]
+        costs = [edge.cost for edge in self._edges_of.get(site.name, [])]
         wanted = self.graph.ancestors(costs) & below
         for node in self.graph:
             if node.name in wanted and node.name != site.name:

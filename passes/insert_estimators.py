@@ -77,6 +77,9 @@ class _Choice:
         self.options, self.graph = options, graph
         self.found: Influence = influence(graph)
         self.smooth: Smoothness = smoothness(graph)
+        self._costs_of: dict[str, list[str]] = {}
+        for name, cost in graph.credit:
+            self._costs_of.setdefault(name, []).append(cost)
         self.rows: dict[str, int] = {}
         """Of each site enumerated so far."""
 
@@ -86,7 +89,7 @@ class _Choice:
         if site.data:
             return self._set(site, None, "drawn under no_grad: data")
         learns = self.learns(site)
-        credited = [cost for name, cost in graph.credit if name == site.name]
+        credited = self._credited(site)
         if not credited and site.value is not None:
             raise EstimatorError(
                 f"%{site.name} ({site.loc}) is replayed, but no cost is credited to it: declare the influence with "
@@ -258,25 +261,30 @@ class _Choice:
 
     def _joins(self, site: Sample) -> bool:
         """Does a multi-sample bound over several draws stand between the site and a cost?"""
-        if self.options.samples < 2:
+        bounds = {node.name for node in self.graph.of(Bound)}
+        if self.options.samples < 2 or not bounds:
             return False
-        bounds = {node.name for node in self.graph.of(Bound) if site.name in self.found.sites(node.name)}
-        for name, cost in self.graph.credit:
-            above = bounds & self.graph.ancestors([cost]) if name == site.name else set()
+        bounds = {name for name in bounds if site.name in self.found.sites(name)}
+        joined = False
+        for cost in self._credited(site):
             node = self.graph[cost]
             assert isinstance(node, Cost)
+            above = bounds & self.graph.ancestors([cost])
             if above and node.value not in above:
                 raise EstimatorError(
-                    f"%{node.value} ({node.loc}): a multi-sample bound must reach the objective through linear "
-                    "operations"
+                    f"%{node.value} ({node.loc}): a multi-sample bound must reach the objective through linear operations"
                 )
-        return any(name == site.name and self.graph.ancestors([cost]) & bounds for name, cost in self.graph.credit)
+            joined |= bool(above)
+        return joined
+
+    def _credited(self, site: Sample) -> list[str]:
+        return self._costs_of.get(site.name, [])
 
     def _declared(self, site: Sample) -> bool:
         return any(node.on == site.name for node in self.graph.of(Depends))
 
     def _break(self, site: Sample) -> str | None:
-        costs = [cost for name, cost in self.graph.credit if name == site.name]
+        costs = self._credited(site)
         above = self.graph.ancestors(costs)
         ends = [(self.graph[cost].label, cost) for cost in costs]  # type: ignore[attr-defined]
         ends += [(f"%{inner.name}", inner.dist) for inner in self.graph.of(Sample) if inner.name in above]
@@ -287,7 +295,7 @@ class _Choice:
 
     def _score_break(self, site: Sample) -> str | None:
         """Where the site's own log density leaves the sums that lead to the credited costs, if anywhere."""
-        above = self.graph.ancestors(cost for name, cost in self.graph.credit if name == site.name)
+        above = self.graph.ancestors(self._credited(site))
         found = {p.name for p in self.graph.of(LogProb) if p.dist == site.dist and p.value == site.name}
         for node in self.graph:
             if node.name not in above or not found.intersection(node.inputs) or isinstance(node, Cost):
@@ -301,8 +309,8 @@ class _Choice:
     def _pathwise_only(self, site: Sample) -> str | None:
         if site.method == "sample":
             return None
-        for name, cost in self.graph.credit:
-            if name == site.name and self.smooth.live(name, cost) and self.smooth.stopped(name, cost):
+        for cost in self._credited(site):
+            if self.smooth.live(site.name, cost) and self.smooth.stopped(site.name, cost):
                 label = self.graph[cost].label  # type: ignore[attr-defined]
                 return f"it was drawn by rsample and reaches {label} both with and without a stop-gradient"
         return None

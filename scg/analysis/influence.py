@@ -116,7 +116,11 @@ class Relation:
 
     def pointlike(self, site_dim: int) -> bool:
         """Does every value element read at most one index of ``site_dim``?"""
-        return bool((self.lo[site_dim] >= self.hi[site_dim]).all())
+        return self._pointlike[site_dim]
+
+    @cached_property
+    def _pointlike(self) -> tuple[bool, ...]:
+        return tuple(bool((lo >= hi).all()) for lo, hi in zip(self.lo, self.hi, strict=True))
 
     def classify(self) -> tuple[Link, ...]:
         """One word a site dim: tied, mixed, point (one index each), banded (moves along one dim), or a general box."""

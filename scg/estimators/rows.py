@@ -77,18 +77,23 @@ def joined_dims(graph: Graph, found: Influence, site: Sample) -> tuple[int, ...]
     Elements along the other dims may change in the same row: no cost element sees two of them.
     """
     ndim = site.tensor.ndim - site.tensor.event_ndim
-    joined = set()
+    wide = {dim for dim in range(ndim) if site.tensor.shape[dim] > 1}
+    coarse = isinstance(site.estimator, ScoreEstimator)
+    joined: set[int] = set()
     for node in graph.of(Cost, Sample):
+        if joined == wide:
+            break
         relation = found.relation(node.name, site.name)
         if node.name == site.name or relation is None:
             continue
         # an inner draw of which some elements see no element of this site could not say with which one it is weighted
-        unseen = isinstance(node, Sample) and not _enumerated(node) and bool(relation.empty.any())
-        wide = [dim for dim in range(ndim) if site.tensor.shape[dim] > 1]
-        joined |= {dim for dim in wide if unseen or not relation.pointlike(dim)}
-    for (name, _), edge in graph.credit.items():  # coarse credit hands an element the costs of others too
-        if name == site.name and isinstance(site.estimator, ScoreEstimator):
-            joined |= {dim for dim, mixed in enumerate(edge.mixed) if mixed and site.tensor.shape[dim] > 1}
+        if isinstance(node, Sample) and not _enumerated(node) and bool(relation.empty.any()):
+            joined = wide
+            break
+        joined |= {dim for dim in wide - joined if not relation.pointlike(dim)}
+        edge = graph.credit.get((site.name, node.name)) if coarse else None
+        if edge is not None:  # coarse credit hands an element the costs of others too
+            joined |= {dim for dim, mixed in enumerate(edge.mixed) if mixed and dim in wide}
     return tuple(sorted(joined))
 
 
