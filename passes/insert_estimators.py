@@ -84,7 +84,7 @@ class _Choice:
         """Of each site enumerated so far."""
 
     def decide(self, site: Sample) -> Sample:
-        graph, options = self.graph, self.options
+        options = self.options
         requested, source = self._request(site)
         if site.data:
             return self._set(site, None, "drawn under no_grad: data")
@@ -272,7 +272,8 @@ class _Choice:
             above = bounds & self.graph.ancestors([cost])
             if above and node.value not in above:
                 raise EstimatorError(
-                    f"%{node.value} ({node.loc}): a multi-sample bound must reach the objective through linear operations"
+                    f"%{node.value} ({node.loc}): a multi-sample bound must reach the objective through linear "
+                    "operations"
                 )
             joined |= bool(above)
         return joined
