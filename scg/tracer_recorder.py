@@ -224,7 +224,7 @@ class Recorder(TorchFunctionMode):
         with self._quiet():
             rebuilt = template.rebuild(fakes)  # not the user's object: lazy properties would stay in it
             try:
-                fake: Tensor = getattr(rebuilt, method)(torch.Size(sample_shape))
+                fake: Tensor = getattr(rebuilt, method)(torch.Size(sample_shape)).contiguous()  # one_hot's fake is not
             except NotImplementedError as error:
                 raise TraceError(f"{user_loc()}: {template.family} has no {method}().") from error
             except torch._subclasses.fake_tensor.DataDependentOutputException:  # rejection samplers

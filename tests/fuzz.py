@@ -10,6 +10,7 @@ import dataclasses
 import linecache
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -213,6 +214,8 @@ class Writer:
         self.env: dict[str, Any] = {**NAMES, "self": Model()}
         self.lines: list[str] = []
         self.values: list[str] = [f"self.{name}" for name in PARAMETERS]
+        self.moved: set[str] = set()
+        """Names with a site upstream."""
         self.sites: list[str] = []
         self.laws: dict[str, str] = {}
         self.size: dict[str, float] = {}
@@ -255,8 +258,11 @@ class Writer:
 
     def value(self) -> str:
         """A name, one with a site upstream more often than not, the later the likelier."""
-        recent = self.values[len(PARAMETERS) :]
-        return self.random.choice(recent[-6:] if recent and self.random.random() < 0.8 else self.values)
+        kind = self.random.random()
+        moved = [name for name in self.values if name in self.moved]
+        return self.random.choice(
+            moved[-8:] if moved and kind < 0.7 else self.values[-6:] if kind < 0.85 else self.values
+        )
 
     def operation(self) -> str:
         for _ in range(200):
@@ -273,6 +279,8 @@ class Writer:
                 lines = [f"{name} = {self.random.choice(table).format(**slots)}"]
             if self.run(lines, name):
                 self.values.append(name)
+                if self.moved.intersection(re.findall(r"\w+", " ".join(lines))):
+                    self.moved.add(name)
                 return name
         raise AssertionError("no operation fits")
 
@@ -311,6 +319,7 @@ class Writer:
             self.env = env
             self.lines += lines
             self.values.append(float_name)
+            self.moved |= {name, float_name}
             self.sites.append(name)
             self.laws[name] = dist
             self.size[name] = total
