@@ -42,6 +42,11 @@ class Batched:
         return tuple(self.tensor.shape[len(self.dims) :])
 
 
+def stop_gradient(value: Batched) -> Batched:
+    """The value without its gradient."""
+    return Batched(value.tensor.detach(), value.dims) if value.tensor.requires_grad else value
+
+
 @dataclass(frozen=True)
 class SampleDim:
     """One named sample dim: how many rows, what they are, and whose."""

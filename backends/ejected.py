@@ -23,10 +23,10 @@ from torch import Tensor, fx
 from scg.backends import runtime
 from scg.backends.batching import Mapped
 from scg.backends.draw_call import DrawCall
-from scg.backends.lowering import InputGradient, Variable
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
 from scg.backends.recorder import CustomFunction
+from scg.backends.site_context import InputGradient, Variable
 from scg.backends.torch_module import Program, unflatten_outputs
 from scg.ir import Graph, Input, Param, TensorType
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from scg.backends.batching import Batched
 from scg.backends.credit_sums import spread
-from scg.backends.lowering import Context, Interpreter, Weighted, total_of
+from scg.backends.lowering import Interpreter
+from scg.backends.site_context import Context
+from scg.backends.terms import Weighted, total_of
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Sample
 
@@ -46,11 +48,11 @@ class HigherOrder(Interpreter):
 
     def _terms(self, named: Callable[[str], Any]) -> Tensor | None:
         """The baselines alone: the scores stand in the boxes of the costs."""
-        self._find_coefficients()
+        self.signals = self.make_signals()
         parts: list[Weighted] = []
         for site in self._scored():
             dims = self.dims.union(self._param_dims(site.dist), self.env[site.name].dims)
-            found = self.signal(site, dims)
+            found = self.signals.of(site, dims)
             if found is None:
                 continue
             signal, scale = found
@@ -68,7 +70,7 @@ class HigherOrder(Interpreter):
 
     def _scored(self) -> list[Sample]:
         sites = [site for site in self.graph.of(Sample) if isinstance(site.estimator, ScoreFunction)]
-        return [site for site in sites if site.name in self.env and self._learns(site)]
+        return [site for site in sites if site.name in self.env and self.learns(site)]
 
     def _add(self, a: Batched, b: Batched) -> Batched:
         dims = self.dims.union(a.dims, b.dims)

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from scg.analysis.influence import influence
 from scg.backends.coefficients import CoefficientRule
 from scg.backends.higher_order import HigherOrder
-from scg.backends.lowering import InputGradient, Interpreter
+from scg.backends.lowering import Interpreter
 from scg.backends.recorder import Recorder
+from scg.backends.site_context import InputGradient
 from scg.errors import LoweringError
 from scg.interception import intercept_functions
 from scg.ir import Graph, Input, Node, Opaque, Param, Ref, Sample, map_refs

@@ -12,6 +12,7 @@ from torch.distributions import Bernoulli, Normal
 
 import scg
 from scg.analysis.influence import influence
+from scg.backends import reruns
 from scg.backends.coefficients import CoefficientRule
 from scg.backends.lowering import Interpreter
 from scg.estimators.base import Rerun
@@ -52,7 +53,7 @@ def interpreter(model: Callable[..., Any], estimators: Mapping[str, Any], sample
 def rerun(run: Interpreter, site: str, values: Tensor, *, differentiable: bool = False) -> Rerun:
     node = run.graph[site]
     assert isinstance(node, Sample)
-    return run.rerun(node, run.env[site].dims, values, differentiable)
+    return reruns.rerun(run, node, run.env[site].dims, values, differentiable)
 
 
 def _params(*values: float) -> Tensor:
@@ -80,7 +81,7 @@ ROWS = torch.tensor([[0.0, 1.0], [0.3, 0.8], [1.0, 1.0]], dtype=torch.float64)
 def test_signal_is_the_expected_cost_to_go_of_each_row() -> None:
     run = interpreter(two_layers, {"top": SCORE, "bottom": "enumerate"})
     own, shared = by_hand(ROWS)
-    _, scale = run.signal(run.graph["top"], ()) or (None, 1.0)  # type: ignore[arg-type]
+    _, scale = run.signals.of(run.graph["top"], ()) or (None, 1.0)  # type: ignore[arg-type]
     torch.testing.assert_close(rerun(run, "top", ROWS).signal * scale, own + shared[:, None])
 
 
@@ -95,7 +96,7 @@ def test_derivatives_stay_apart_for_rows_and_draws(samples: int) -> None:
     rows = ROWS.clone().requires_grad_()
     own, shared = by_hand(rows)
     (expected,) = torch.autograd.grad(own.sum() + shared.sum(), rows)
-    _, scale = run.signal(run.graph["top"], dims) or (None, 1.0)  # type: ignore[arg-type]
+    _, scale = run.signals.of(run.graph["top"], dims) or (None, 1.0)  # type: ignore[arg-type]
     torch.testing.assert_close(slope * scale, expected.unsqueeze(1).expand_as(slope) if dims else expected)
 
 
@@ -105,7 +106,7 @@ def test_inner_terms_carry_the_gradient_of_inner_score_sites() -> None:
     rows = ROWS[1:2].clone().requires_grad_()
     own, shared = by_hand(rows)
     (expected,) = torch.autograd.grad(own.sum() + shared.sum(), rows)
-    _, scale = run.signal(run.graph["top"], ()) or (None, 1.0)  # type: ignore[arg-type]
+    _, scale = run.signals.of(run.graph["top"], ()) or (None, 1.0)  # type: ignore[arg-type]
     total = torch.zeros_like(rows)
     walk = Walk()
     while walk.more():

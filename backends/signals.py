@@ -1,0 +1,122 @@
+"""Learning signals: the costs credited to a site, as its elements are credited with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from scg.backends.batching import Batched, SampleDims
+from scg.backends.coefficients import Coefficient
+from scg.backends.credit_sums import credit_sum
+from scg.backends.expectation import Expectation
+from scg.ir import Bound, Cost, CreditEdge, Graph, Sample
+
+
+class Signals:
+    """The credited cost-to-go of every site in one run of the program, sums of costs shared between sites."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        dims: SampleDims,
+        env: Mapping[str, Any],
+        bounds: Mapping[str, Batched],
+        expectation: Expectation,
+        coefficients: Mapping[str, Coefficient],
+        *,
+        follows: bool = False,
+    ) -> None:
+        self.graph, self.dims, self.env, self.bounds = graph, dims, env, bounds
+        self.expectation, self.coefficients = expectation, coefficients
+        self.follows = follows
+        """Whether signals keep the gradient of the values they are computed from."""
+        self._shares: dict[Any, Tensor] = {}
+        self._detached: dict[str, Batched] = {}
+        self._sums: dict[tuple[int, ...], dict[frozenset[tuple[str, int]], Tensor]] = {}
+        """Sums of credited costs made so far, by shape and members."""
+        self._edges: dict[str, list[CreditEdge]] = {}
+        for (name, _), edge in graph.credit.items():
+            self._edges.setdefault(name, []).append(edge)
+
+    def credited(self, site: Sample) -> list[CreditEdge]:
+        """From every cost credited to ``site``."""
+        return self._edges.get(site.name, [])
+
+    def edges(self, site: Sample) -> list[CreditEdge]:
+        """Those from costs that count in the objective."""
+        return [edge for edge in self.credited(site) if not self.coefficients[edge.cost].is_zero]
+
+    def bound_of(self, cost: str) -> Bound | None:
+        node = self.graph[cost]
+        assert isinstance(node, Cost)
+        bound = self.graph[node.value]
+        return bound if isinstance(bound, Bound) and bound.name in self.bounds else None
+
+    def of(self, site: Sample, dims: tuple[str, ...]) -> tuple[Tensor, float] | None:
+        """The credited cost-to-go ``[*dims | *elements]`` (size 1 where it does not vary) and a factor taken out."""
+        edges = [edge for edge in self.edges(site) if self.bound_of(edge.cost) is None]
+        if not edges:
+            return None
+        uniform = [self.coefficients[edge.cost].uniform for edge in edges]
+        known = [abs(u) for u in uniform if u is not None]
+        scale = max(known) if known and len(known) == len(uniform) else 1.0
+        groups: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+        for edge in edges:
+            value = self._shared(edge, dims, scale)
+            groups.setdefault(tuple(value.shape), []).append((edge.cost, value))
+        total: Tensor | None = None
+        for shape, members in groups.items():
+            part = self._running_sum(shape, members)
+            total = part if total is None else total + part
+        assert total is not None
+        return total, scale
+
+    def _running_sum(self, shape: tuple[int, ...], members: list[tuple[str, Tensor]]) -> Tensor:
+        """The sum of the members, built on the largest sum made before: T rewards-to-go take T additions."""
+        ids = frozenset((cost, id(value)) for cost, value in members)
+        known = self._sums.setdefault(shape, {})
+        best: frozenset[tuple[str, int]] = max((done for done in known if done <= ids), key=len, default=frozenset())
+        total: Tensor | None = known.get(best)
+        for cost, value in members:
+            if (cost, id(value)) not in best:
+                total = value if total is None else total + value
+        assert total is not None
+        known[ids] = total
+        return total
+
+    def _shared(self, edge: CreditEdge, dims: tuple[str, ...], scale: float) -> Tensor:
+        """One cost's share of a site's signal: ``[*dims | *elements]`` with size 1 along mixed dims."""
+        key = (edge.cost, dims, scale, edge.axes, edge.mixed if edge.simple else id(edge))
+        if key not in self._shares:
+            self._shares[key] = self.share(edge, dims, scale)
+        return self._shares[key]
+
+    def share(self, edge: CreditEdge, dims: tuple[str, ...], scale: float, cost: Batched | None = None) -> Tensor:
+        cost = self._detached_cost(edge.cost) if cost is None else cost
+        value = self.expectation(cost, edge.cost, keep=dims, detach=True)
+        tensor = self.dims.align(value, dims, full=False) if value.dims else value.tensor
+        if not value.dims and dims:
+            tensor = tensor.reshape([1] * len(dims) + list(value.shape))
+        coefficient = self.coefficients[edge.cost]
+        if coefficient.uniform is None:
+            assert coefficient.tensor is not None
+            tensor = tensor * coefficient.tensor.detach()
+            if scale != 1.0:
+                tensor = tensor / scale
+        lead = len(dims)
+        tensor = credit_sum(tensor, lead, edge, self._element_shape(edge.site))
+        if coefficient.uniform is not None and coefficient.uniform != scale:
+            tensor = tensor * (coefficient.uniform / scale)
+        return tensor
+
+    def _detached_cost(self, cost: str) -> Batched:
+        if cost not in self._detached:
+            value: Batched = self.env[cost]
+            self._detached[cost] = value if self.follows else Batched(value.tensor.detach(), value.dims)
+        return self._detached[cost]
+
+    def _element_shape(self, site: str) -> tuple[int, ...]:
+        type_ = self.graph[site].tensor
+        return type_.shape[: len(type_.shape) - type_.event_ndim]

@@ -1,0 +1,145 @@
+"""What an estimator sees of its site while the surrogate is built."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.distributions import Distribution
+
+from scg.backends import runtime
+from scg.backends.batching import Batched
+from scg.backends.recorder import compile_time, record_call
+from scg.backends.reruns import rerun
+from scg.estimators.base import Rerun, RowEstimator, SiteInfo
+from scg.ir import Input, Sample
+
+if TYPE_CHECKING:
+    from scg.backends.lowering import Interpreter
+
+
+class Context:
+    """The backend's `SiteContext`."""
+
+    def __init__(self, interpreter: Interpreter, site: Sample, dims: tuple[str, ...], signal: Tensor) -> None:
+        self._of, self._site, self.dims = interpreter, site, dims
+        template = interpreter.dist_node(site.dist).template
+        support = interpreter.supports.get(site.name)
+        self.joined = interpreter.joined[site.name]
+        if support is not None:
+            with compile_time():
+                support = support.to(device=site.tensor.device, dtype=site.tensor.dtype)
+        self.site = SiteInfo(
+            site.name, template, site.tensor.shape, site.tensor.event_ndim, support, joined=self.joined
+        )
+        self.dist = interpreter.distribution(site.dist, dims, [1] * len(site.sample_shape))
+        self.value = interpreter.dims.align(interpreter.env[site.name], dims)
+        self.signal = signal.detach() if signal.requires_grad else signal
+        self.extra = tuple(interpreter.dims.align(part, dims) for part in interpreter.extras.get(site.name, ()))
+        kinds = [interpreter.dims[name].kind for name in dims]
+        self.iid = tuple(i for i, kind in enumerate(kinds) if kind == "iid")
+        self.row_axis = dims.index(site.name) if isinstance(site.estimator, RowEstimator) else None
+        self.state = interpreter.states.get(site.name)
+        self.training = interpreter.training and interpreter.learning
+        self.surrogate: Tensor | None = None
+
+    @functools.cached_property
+    def log_prob(self) -> Tensor:
+        found = self._of._log_prob(self._site.dist, self._of.env[self._site.name], self._site.name)
+        return self._of.dims.align(found, self.dims)
+
+    def score_times(self, multiplier: Tensor) -> Tensor:
+        multiplier = multiplier.detach()
+        score = self.log_prob
+        lead = len(self.dims)
+        flat = [axis for axis in range(lead, score.dim()) if multiplier.shape[axis] == 1 and score.shape[axis] > 1]
+        return multiplier * (score.sum(flat, keepdim=True) if flat else score)
+
+    def log_prob_of(self, values: Tensor) -> Tensor:
+        return self.dist.log_prob(values)
+
+    def rerun(self, values: Tensor, *, differentiable: bool = False) -> Rerun:
+        return rerun(self._of, self._site, self.dims, values if differentiable else values.detach(), differentiable)
+
+    def variables(self) -> tuple[Distribution, list[Tensor], list[Tensor]]:
+        fixed = self.parameters()
+        free = {slot: self.variable(tensor) for slot, tensor in fixed.items()}
+        return self.distribution(free), list(free.values()), list(fixed.values())
+
+    def parameters(self) -> dict[int, Tensor]:
+        template, prefix = self.site.template, self._prefix
+        found = {}
+        for slot, (param, event) in enumerate(zip(self._params, template.event_dims, strict=True)):
+            if param.tensor.requires_grad:
+                shape = param.shape[param.ndim - event :]
+                found[slot] = self._placed(param).expand([*prefix, *template.batch_shape, *shape])
+        return found
+
+    def distribution(self, parameters: Mapping[int, Tensor]) -> Distribution:
+        tensors = [parameters.get(slot, self._placed(param)) for slot, param in enumerate(self._params)]
+        carries = [bool(param.dims) or slot in parameters for slot, param in enumerate(self._params)]
+        return self.site.template.rebuild(tensors, prefix=self._prefix, carries=carries)
+
+    @property
+    def _params(self) -> list[Batched]:
+        return self._of.params[self._site.dist]
+
+    @property
+    def _prefix(self) -> tuple[int, ...]:
+        return (*self._of.dims.sizes(self.dims), *self._site.sample_shape)
+
+    def _placed(self, param: Batched) -> Tensor:
+        if not param.dims:
+            return param.tensor
+        lead = self._of._lead(param, self.dims)
+        return param.tensor.reshape([*lead, *[1] * len(self._site.sample_shape), *param.shape])
+
+    def add(self, surrogate: Tensor) -> None:
+        """Adds a scalar to the surrogate, in the units of the signal: the pathwise part of a control variate."""
+        self.surrogate = surrogate if self.surrogate is None else self.surrogate + surrogate
+
+    def variable(self, value: Tensor) -> Tensor:
+        return record_call(Variable(), value)  # type: ignore[no-any-return]
+
+    def read(self, names: tuple[str, ...] | None) -> list[Tensor]:
+        found = []
+        for node in self._of.graph:
+            wanted = (
+                isinstance(node, Input) if names is None else bool({node.name, getattr(node, "path", "")} & {*names})
+            )
+            if wanted:
+                value: Batched = self._of.env[node.name]
+                found.append(self._of.dims.align(value, self.dims).detach())
+        return found
+
+    def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
+        return record_call(InputGradient(differentiable), scalar, wrt)  # type: ignore[no-any-return]
+
+
+class Variable:
+    """The value of a tensor as an independent variable; a leaf of the generated code."""
+
+    __name__ = __qualname__ = "variable"
+    __module__ = __name__
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return runtime.variable(value)
+
+
+class InputGradient:
+    """The gradient of a scalar in one tensor; a leaf of the generated code."""
+
+    __name__ = __qualname__ = "input_gradient"
+    __module__ = __name__
+
+    def __init__(self, differentiable: bool) -> None:
+        self.differentiable = differentiable
+
+    def fake(self, scalar: Tensor, wrt: Tensor) -> Tensor:
+        found = wrt * 0.0 + scalar * 0.0  # of the right shape, and differentiable in both
+        return found if self.differentiable else found.detach()
+
+    def __call__(self, scalar: Tensor, wrt: Tensor) -> Tensor:
+        return runtime.input_gradient(scalar, wrt, self.differentiable)

@@ -1,0 +1,36 @@
+"""Parts of the surrogate, and their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MANY = 4
+"""From how many parts on they are joined before they are summed."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A part of a scalar: the sum of ``tensor``, times ``factor``."""
+
+    tensor: Tensor
+    factor: float
+
+
+def total_of(parts: Sequence[Weighted]) -> Tensor | None:
+    """The sum of all parts; those with one factor are joined first, which a long chain has many of."""
+    groups: dict[float, list[Tensor]] = {}
+    for part in parts:
+        groups.setdefault(part.factor, []).append(part.tensor)
+    total: Tensor | None = None
+    for factor, tensors in groups.items():
+        if len(tensors) >= MANY:
+            tensors = [torch.cat([tensor.reshape(-1) for tensor in tensors])]
+        for tensor in tensors:
+            value = tensor.sum() if tensor.dim() else tensor
+            value = value if factor == 1.0 else value * factor
+            total = value if total is None else total + value
+    return total
