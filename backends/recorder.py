@@ -156,6 +156,9 @@ class Recorder(TorchFunctionMode):
         name = _function_name(func)
         if name == "__get__":
             return self._property(func, args)
+        if name == "__setitem__" and self._is_own_copy(args[0]) and _is_masked_fill(*args):
+            self._nodes[id(args[0])] = self.node(self.call(torch.where, args[1], args[2], args[0]))
+            return None
         if name == "__setitem__":
             raise LoweringError("an estimator or distribution writes into a tensor; use torch.where or scatter instead")
         if name == "new" and len(args) == 2 and isinstance(args[1], torch.Size):
@@ -213,6 +216,17 @@ class Recorder(TorchFunctionMode):
             return self.call(getattr, args[0], name)
         return self.call(torch.Tensor.detach, args[0]) if name == "data" else out
 
+    def _is_own_copy(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is a copy without views; if so it is not shared from here on."""
+        storage = tensor.untyped_storage()._cdata
+        others = (item for item in self._alive if isinstance(item, FakeTensor) and item is not tensor)
+        if self.node(tensor).target not in ("clone", torch.clone):
+            return False
+        if any(item.untyped_storage()._cdata == storage for item in others):
+            return False
+        self._shared = {key: out for key, out in self._shared.items() if out is not tensor}
+        return True
+
     def _stopped(self, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
             return tensor
@@ -268,6 +282,12 @@ def _unused(name: str, taken: set[str]) -> str:
     while name in taken:
         name += "_"
     return name
+
+
+def _is_masked_fill(target: Tensor, mask: Any, value: Any) -> bool:
+    """``target[mask] = number``"""
+    is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == target.shape
+    return is_mask and isinstance(value, (int, float))
 
 
 def _has_tensor(out: Any) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scg.estimators.base import SiteContext, SiteInfo
+from scg.estimators.extremes import finite
 
 
 class ControlVariate(nn.Module):
@@ -72,7 +73,7 @@ def surrogate_of(
     rank = context.value.dim() - context.site.event_ndim
     total: Any = 0.0
     for g, parameter in zip(estimates, parameters, strict=True):
-        part = g.detach() * parameter
+        part = g.detach() * (finite(parameter) if parameter.dim() > rank else parameter)
         if context.training:
             part = part + (g.mean(over, keepdim=True) if over else g) ** 2
         total = total + (part.flatten(rank).sum(-1) if part.dim() > rank else part)

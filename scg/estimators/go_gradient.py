@@ -20,17 +20,17 @@ def _bernoulli(dist: Any, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _categorical(dist: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-    last = z == dist.probs.shape[-1] - 1
-    below = dist.probs.cumsum(-1).expand([*z.shape, -1]).gather(-1, z.unsqueeze(-1)).squeeze(-1)
-    rate = -below / dist.log_prob(z).detach().exp()
-    return torch.where(last, z, z + 1), torch.where(last, 0.0, rate)
+    following, rate = _one_hot(dist, torch.nn.functional.one_hot(z, dist.probs.shape[-1]))
+    return following.argmax(-1), rate
 
 
 def _one_hot(dist: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-    last = z[..., -1] > 0
+    behind = (z.cumsum(-1) > z) & (dist.probs > 0)  # an impossible category is none: no draw would step out of it
+    following = (behind & (behind.cumsum(-1) == 1)).to(z.dtype)
+    last = ~behind.any(-1)
     below = (dist.probs.cumsum(-1) * z).sum(-1)
     rate = -below / (dist.probs.detach() * z).sum(-1)
-    return torch.where(last.unsqueeze(-1), z, z.roll(1, -1)), torch.where(last, 0.0, rate)
+    return torch.where(last.unsqueeze(-1), z, following), torch.where(last, 0.0, rate)
 
 
 def _binomial(dist: Any, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
 from scg.estimators.control_variate import ControlVariate, small_network, surrogate_of, times
+from scg.estimators.extremes import finite
 from scg.estimators.relaxed import Discrete, logits_of, noise_of
 
 
@@ -92,7 +93,7 @@ class Relax(RerunEstimator):
     def term(self, context: SiteContext) -> Tensor:
         assert isinstance(context.dist, Discrete)
         state, event = context.state, context.site.event_ndim
-        noise, logits = noise_of(context.dist), logits_of(context.dist).expand(context.value.shape)
+        noise, logits = noise_of(context.dist), finite(logits_of(context.dist)).expand(context.value.shape)
         free = context.variable(logits)
         leaf = torch.log_softmax(free, -1) if event else free
         b = context.value.to(leaf.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, OneHotCategorical
 
 from scg.estimators.base import YES, PathwiseEstimator, SiteInfo, Support
+from scg.estimators.extremes import finite
 
 Discrete = Bernoulli | OneHotCategorical
 """What can be relaxed."""
@@ -99,7 +100,7 @@ class _Binary:
         return torch.sigmoid(perturbed)
 
     def tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
-        return soft * (1 - soft) * _finite(logits)
+        return soft * (1 - soft) * finite(logits)
 
 
 class _OneHot:
@@ -116,7 +117,7 @@ class _OneHot:
         # Maddison, Tarlow and Minka 2014: the largest is Gumbel, the others are cut there
         log_e = torch.log(_exponential(logits, hard.shape))
         top = (hard * log_e).sum(-1, keepdim=True)  # of the chosen category; logits are normalised
-        return -torch.where(hard > 0, top, torch.logaddexp(log_e - _finite(logits), top))
+        return -torch.where(hard > 0, top, torch.logaddexp(log_e - finite(logits), top))
 
     def hard(self, perturbed: Tensor) -> Tensor:
         return torch.zeros_like(perturbed).scatter(-1, perturbed.argmax(-1, keepdim=True), 1.0)
@@ -125,7 +126,7 @@ class _OneHot:
         return torch.softmax(perturbed, -1)
 
     def tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
-        logits = _finite(logits)
+        logits = finite(logits)
         return soft * (logits - (soft * logits).sum(-1, keepdim=True))
 
 
@@ -167,9 +168,3 @@ def _logistic(like: Tensor, shape: torch.Size) -> Tensor:
 
 def _exponential(like: Tensor, shape: torch.Size) -> Tensor:
     return -torch.log1p(-_uniform(like, shape))  # finest near zero, where the Gumbel noise is largest
-
-
-def _finite(logits: Tensor) -> Tensor:
-    """An impossible category has probability zero and logit -inf: their product is zero."""
-    limits = torch.finfo(logits.dtype)
-    return logits.clamp(limits.min, limits.max)

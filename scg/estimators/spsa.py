@@ -21,10 +21,11 @@ from torch.distributions import (
     Uniform,
     biject_to,
 )
-from torch.distributions.constraints import Constraint
+from torch.distributions.constraints import Constraint, real_vector, simplex
 from torch.distributions.transforms import Transform, identity_transform
 
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
+from scg.estimators.extremes import finite
 
 _CONTINUOUS = (Cauchy, Exponential, HalfNormal, Laplace, LogNormal, Normal, Uniform)
 _DISCRETE = (Bernoulli, Categorical, Geometric, OneHotCategorical)
@@ -76,8 +77,11 @@ class SPSA(RerunEstimator):
 
     def term(self, context: SiteContext) -> Tensor:
         slots = context.parameters()
-        maps = {slot: _free(context.site.template.constraints[slot]) for slot in slots}
-        free = {slot: maps[slot].inv(value) for slot, value in slots.items()}  # [*dims | *elements | *slot]
+        constraints = {slot: context.site.template.constraints[slot] for slot in slots}
+        maps = {slot: _free(constraint) for slot, constraint in constraints.items()}
+        free = {  # [*dims | *elements | *slot]
+            slot: maps[slot].inv(_inside(constraints[slot], value)) for slot, value in slots.items()
+        }
         u = [self.uniform(context) for _ in range(self.directions)]
         signs = [{slot: self.signs(phi) for slot, phi in free.items()} for _ in range(self.directions)]
 
@@ -128,6 +132,13 @@ def _free(constraint: Constraint | None) -> Transform:
         return identity_transform if constraint is None else biject_to(constraint)
     except NotImplementedError:  # it depends on other parameters, as the bounds of Uniform do
         return identity_transform
+
+
+def _inside(constraint: Constraint | None, value: Tensor) -> Tensor:
+    """``value`` where its free numbers are finite: an impossible category stays next to impossible."""
+    if constraint is simplex:
+        return value.clamp(min=torch.finfo(value.dtype).eps)
+    return finite(value) if constraint is real_vector else value
 
 
 def _sum_last(tensor: Tensor, count: int) -> Tensor:

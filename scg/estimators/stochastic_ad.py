@@ -56,8 +56,9 @@ def _alternative(dist: Any, z: Tensor) -> tuple[Tensor, Tensor, float]:
     if isinstance(dist, Poisson):
         return dist.rate, torch.ones_like(z), 1.0
     p = dist.probs.detach()
+    other = (1 - p).clamp_min(torch.finfo(p.dtype).tiny)  # where it is zero nothing can jump
     if isinstance(dist, Bernoulli):
-        return dist.probs, torch.where(z < 0.5, 1 / (1 - p), torch.zeros_like(z)), 1.0
+        return dist.probs, torch.where(z < 0.5, 1 / other, torch.zeros_like(z)), 1.0
     if isinstance(dist, Binomial):
-        return dist.probs, (dist.total_count.detach() - z) / (1 - p), 1.0
-    return dist.probs, z / (p * (1 - p)), -1.0
+        return dist.probs, (dist.total_count.detach() - z) / other, 1.0
+    return dist.probs, z / (p * other), -1.0
