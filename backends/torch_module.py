@@ -105,8 +105,8 @@ def build(
     return Program(module, tuple(used_inputs), tuple(used_captured), tuple(recorder.met))
 
 
-def compile_inductor(graph: Graph, program: Program) -> Callable[..., Any]:
-    """The program through ``torch.compile`` as one full graph."""
+def compile_inductor(graph: Graph, program: Program, any_batch: bool) -> Callable[..., Any]:
+    """The program through ``torch.compile`` as one full graph; ``any_batch`` of one batch size or of every."""
     for node in graph.of(Opaque):
         raise LoweringError(
             f"%{node.name} ({node.loc}): inductor cannot call the opaque function {node.fn.__qualname__}; use "
@@ -119,7 +119,7 @@ def compile_inductor(graph: Graph, program: Program) -> Callable[..., Any]:
                 f"%{site}: its estimator differentiates the costs inside the step, which inductor cannot compile; use "
                 f"backend='eager' or another estimator"
             )
-    return torch.compile(program.module, fullgraph=True, dynamic=False)
+    return torch.compile(program.module, fullgraph=True, dynamic=None if any_batch else False)
 
 
 def flatten_outputs(outputs: Any, add: Callable[[Tensor], None]) -> None:

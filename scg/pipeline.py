@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from scg.backends import torch_module
+from scg.backends.any_batch import Differs, any_batch
 from scg.capture import Captured, captured
 from scg.errors import EstimatorError, LoweringError, RetraceWarning
 from scg.estimators import get_estimator
@@ -25,12 +28,16 @@ from scg.ir import Graph
 from scg.passes import InsertEstimators, pipeline
 from scg.passes.insert_estimators import ENUMERATE_LIMIT
 from scg.tracer import trace as trace_graph
+from scg.tracer_batch import SMALLEST, Batch, Scaling, batch_of, resized, scaling
 from scg.verifier import verify
 
 BACKENDS = ("eager", "inductor")
 CREDITS = ("element", "node", "none")
 
 _RETRACES_BEFORE_WARNING = 5
+
+_SIZES_TRIED = 64
+"""How far up from the first batch size others are looked for, where a model accepts only some (multiples of 4)."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +82,10 @@ class CompiledModule(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._graph: Graph | None = None
         self._captured: Captured | None = None
         self._programs: dict[Any, _Bound] = {}
+        self._any_batch: dict[Any, tuple[Scaling, _Bound | None]] = {}
+        self._why_not = ""
         self._latest: _Bound | None = None
         self._retraces = 0
 
@@ -92,20 +100,43 @@ class CompiledModule(nn.Module):
             self._recapture()
             found = self._captured
             assert found is not None
-        key = (
-            self.training,
-            torch.is_grad_enabled(),
-            self._frozen,
-            torch.is_autocast_enabled("cpu"),
-            found.values,
-            tuple(_signature(arg) for arg in args),
-            tuple((name, _signature(arg)) for name, arg in kwargs.items()) if kwargs else (),
-        )
+        modes = (self.training, torch.is_grad_enabled(), self._frozen, torch.is_autocast_enabled("cpu"), found.values)
+        key = (*modes, *_call_signature(args, kwargs))
         bound = self._programs.get(key)
+        if bound is None and self.options.dynamic:
+            bound = self._of_any_batch(modes, args, kwargs)
         if bound is None:
-            bound = self._programs[key] = self._compile(args, kwargs)
-        self._latest = bound
+            bound = self._compile(args, kwargs)
+        self._latest = self._programs[key] = bound
         return bound
+
+    def _of_any_batch(self, modes: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound | None:
+        """The program that serves every batch size, if there is one and this size is among them."""
+        batch = batch_of(_tensors(args, kwargs))
+        if batch is None:
+            return None
+        key = (*modes, batch.positions, *_call_signature(*resized(args, kwargs, batch, SMALLEST)))
+        if key not in self._any_batch:
+            self._any_batch[key] = self._compile_any_batch(args, kwargs, batch)
+        scale, bound = self._any_batch[key]
+        return bound if bound is not None and scale.holds(batch.size) else None
+
+    def _compile_any_batch(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch
+    ) -> tuple[Scaling, _Bound | None]:
+        scale = scaling(self._callable, args, kwargs, batch)
+        nearby = range(batch.size + 1, batch.size + _SIZES_TRIED)
+        sizes = [batch.size, *itertools.islice(filter(scale.holds, nearby), 2)]
+        if not scale.holds(batch.size) or len(sizes) < 3:
+            self._why_not = scale.reason or f"it asks of its batch size: {', '.join(map(str, scale.conditions))}"
+            return scale, None
+        built = [self._build(*resized(args, kwargs, batch, size)) for size in sizes]
+        try:
+            program = any_batch([program for _, program in built], sizes, min(batch.positions))
+        except Differs as found:
+            self._why_not = str(found)
+            return scale, None
+        return scale, self._bind(built[0][0], program, any_batch=True)
 
     def _recapture(self) -> None:
         if self._captured is not None:
@@ -124,8 +155,16 @@ class CompiledModule(nn.Module):
         return self.model if self.function is None else self.function
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
+        graph, program = self._build(args, kwargs)
+        if self.options.dynamic and self._why_not:
+            note = f"dynamic=True, but it is traced for each batch size: {self._why_not}"
+            graph = dataclasses.replace(graph, notes=(*graph.notes, note))
+        return self._bind(graph, program)
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, torch_module.Program]:
+        """Trace, passes, lowering."""
         options = self.options
-        graph = trace_graph(self._callable, args, kwargs, dynamic=False)
+        graph = trace_graph(self._callable, args, kwargs)
         insert = InsertEstimators(
             default=get_estimator(options.estimator) or "auto",
             overrides=options.estimators,
@@ -137,22 +176,22 @@ class CompiledModule(nn.Module):
         graph = run_passes(graph, insert, options.credit)
         states = make_states(graph, self.estimators)
         self._load_pending()
-        self._graph = graph
-        leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        live = self._live(graph)
         program = torch_module.build(
             graph,
-            leaves,
-            live,
+            _tensors(args, kwargs),
+            self._live(graph),
             states,
             training=self.training and not self._frozen,
             learning=torch.is_grad_enabled(),
             debug=options.debug,
             order=options.order,
         )
+        return graph, program
+
+    def _bind(self, graph: Graph, program: torch_module.Program, *, any_batch: bool = False) -> _Bound:
         run = program.module.forward
-        if options.backend == "inductor":
-            run = torch_module.compile_inductor(graph, program)
+        if self.options.backend == "inductor":
+            run = torch_module.compile_inductor(graph, program, any_batch)
         tables = [self._table(path) for path in program.captured]
         assert self._captured is not None
         return _Bound(graph, program, run, tuple(tables), self._captured)
@@ -275,13 +314,14 @@ class CompiledModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._programs.clear()  # dtype or device may change
+        self._any_batch.clear()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_graph", "_captured", "_latest"):
+        for name in ("_captured", "_latest"):
             state[name] = None
-        state["_programs"] = {}
+        state["_programs"], state["_any_batch"] = {}, {}
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
@@ -306,10 +346,22 @@ class _Bound:
         if not kwargs and all(type(arg) is Tensor for arg in args):
             leaves: Any = args
         else:
-            leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            leaves = _tensors(args, kwargs)
         inputs = [leaves[position] for position in self.program.inputs]
         out = self.run(*inputs, *[table[key] for table, key in self.tables], *self.program.state)
         return torch_module.unflatten_outputs(self.graph.outputs, out)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensor leaves of a call."""
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _call_signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        tuple(_signature(arg) for arg in args),
+        tuple((name, _signature(arg)) for name, arg in kwargs.items()) if kwargs else (),
+    )
 
 
 def _signature(arg: Any) -> Any:
@@ -365,7 +417,8 @@ def compile(
         samples: K draws of the whole stochastic program; the value and the gradient are their means.
         backend: ``"eager"`` or ``"inductor"``.
         example_inputs: trace at once with these positional arguments; else at the first call.
-        dynamic: the leading batch size may change; each new size is traced once and kept.
+        dynamic: one program for every size of the arguments' leading batch dim, of two and more. Where the model uses
+            its batch size as more than a shape, each new size is traced once and kept, and `explain` says why.
         order: 2 makes second derivatives right too.
         credit: ``"element"``, or ``"node"`` (whole cost tensors), or ``"none"`` (the scalar loss), for comparison.
         allow_biased: ``False`` makes a biased estimator an error; an explicit ``True`` also lets gradients pass that no

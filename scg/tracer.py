@@ -39,8 +39,6 @@ def trace(
     model: Callable[..., Any],
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    dynamic: bool = False,
 ) -> Graph:
     """Captures one call of ``model`` as a graph, without running it on real data.
 
@@ -48,13 +46,10 @@ def trace(
         model: A module or a function; closures over modules, parameters and tensors are captured by name.
         args: Positional arguments of the call; their shapes, dtypes and plain values are those of the graph.
         kwargs: Keyword arguments of the call.
-        dynamic: Not captured: a graph is of one batch size.
 
     Returns:
         The graph before any pass.
     """
-    if dynamic:
-        raise TraceError("a graph is of one batch size: trace again for another one.")
     try:
         return _trace(model, tuple(args), dict(kwargs or {}), in_parts=False)
     except InnerGradient:

@@ -293,7 +293,7 @@ class Recorder(TorchFunctionMode):
             raise TraceError(f"{user_loc()}: an opaque function takes no keyword-only arguments: {spec.fn.__name__}.")
         lifted = map_tensors(self.lift, bound.args)
         with self._quiet():
-            fake = _opaque_result(spec, lifted)
+            fake = opaque_result(spec, lifted)
         fields = {
             "fn": spec.fn, "args": self.nodes_in(lifted), "batch_dims": spec.batch_dims,
             "pure": spec.pure, "shape": spec.shape, "dtype": spec.dtype,
@@ -410,7 +410,7 @@ _WAYS_OUT: dict[Any, str] = {
 """Of what cannot be captured even where no value is read."""
 
 
-def _opaque_result(spec: OpaqueSpec, args: tuple[Any, ...]) -> Any:
+def opaque_result(spec: OpaqueSpec, args: tuple[Any, ...]) -> Any:
     """Fake outputs of an opaque call."""
     found: list[Tensor] = []
     map_tensors(found.append, args)

@@ -29,7 +29,7 @@ LAYERS = (
 VIEWS = {("ir", "backends")}
 """A graph shows itself: these imports happen inside the methods that draw."""
 
-FX = {"tracer", "tracer_frames", "tracer_graph", "tracer_operations", "tracer_recorder", "backends"}
+FX = {"tracer", "tracer_batch", "tracer_frames", "tracer_graph", "tracer_operations", "tracer_recorder", "backends"}
 """Who may import torch.fx."""
 
 

@@ -48,17 +48,26 @@ def draws(graph: Graph, site: Sample) -> int:
 
 
 class _BatchDims:
-    """Element dims of sites that run over the data batch: tied to the leading dim of an input."""
+    """Element dims of sites that run over the data batch: tied to the leading dim of an input.
+
+    Where rows mix (a BatchNorm above the site), the first dim of the batch's size stands for it.
+    """
 
     def __init__(self, graph: Graph) -> None:
-        self.inputs = [node.name for node in graph.of(Input) if node.tensor.ndim >= 1]
-        self.found = influence(graph, self.inputs) if self.inputs else None
+        self.inputs = [node for node in graph.of(Input) if node.tensor.ndim >= 1]
+        self.found = influence(graph, [node.name for node in self.inputs]) if self.inputs else None
 
     def __call__(self, site: Sample) -> tuple[int, ...]:
+        elements = site.tensor.shape[: site.tensor.ndim - site.tensor.event_ndim]
         dims = set()
-        for name in self.inputs:
-            relation = None if self.found is None else self.found.relation(site.name, name)
-            tied = None if relation is None else relation.tied(0)
-            if tied is not None and tied < site.tensor.ndim - site.tensor.event_ndim:
-                dims.add(tied)
+        for node in self.inputs:
+            relation = None if self.found is None else self.found.relation(site.name, node.name)
+            if relation is None:
+                continue
+            size = node.tensor.shape[0]
+            found = relation.tied(0)
+            if found is None and relation.mixed(0) and size in elements:
+                found = elements.index(size)
+            if found is not None and found < len(elements):
+                dims.add(found)
         return tuple(sorted(dims))
