@@ -7,8 +7,10 @@ from typing import Any
 from scg.errors import EstimatorError
 from scg.estimators.arm import ARM
 from scg.estimators.arms import ARMS
+from scg.estimators.arsm import ARSM
 from scg.estimators.base import Estimator
 from scg.estimators.bitflip import BitFlip
+from scg.estimators.carms import CARMS
 from scg.estimators.decoupled_st import DecoupledST
 from scg.estimators.disarm import DisARM
 from scg.estimators.double_cv import DoubleCV
@@ -36,7 +38,7 @@ from scg.estimators.without_replacement import WithoutReplacement
 GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "The three that `auto` chooses from": (Reparam, ScoreFunction, Enumerate),
     "Single changes of the draw": (LocalExpectation, MeasureValued, IndeCateR, BitFlip, StochasticAD, GoGradient),
-    "Antithetic draws": (DisARM, ARM, ARMS),
+    "Antithetic draws": (DisARM, ARM, ARMS, ARSM, CARMS),
     "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
     "Control variates": (Relax, Rebar, Lax, MuProp, DoubleCV),
     "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),

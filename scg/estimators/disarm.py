@@ -7,13 +7,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, OneHotCategorical
+from torch.distributions import Bernoulli, Distribution
 
-from scg.estimators.antithetic import AntitheticPair, logit, row_difference, wide
+from scg.estimators.antithetic import AntitheticPair, logit, row_difference
 from scg.estimators.base import Draw, SiteContext
-
-_FLOOR = -1e3
-"""Log probability of an impossible category: its stick is never broken, and those after it stay defined."""
+from scg.estimators.categorical import log_probabilities
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class DisARM(AntitheticPair):
 
 def sticks(dist: Distribution) -> Tensor:
     """Log odds of each category but the last against all after it, with gradient.  ``[*batch, C - 1]``"""
-    assert isinstance(dist, Categorical | OneHotCategorical)
-    log_p = wide(dist.logits).clamp_min(_FLOOR)
+    log_p = log_probabilities(dist)
     after = log_p.flip(-1).logcumsumexp(-1).flip(-1)  # at i: all from i on
     return log_p[..., :-1] - after[..., 1:]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from scg.estimators.antithetic import AntitheticPair
 from scg.estimators.arm import ARM
 from scg.estimators.arms import ARMS, gauss_legendre
+from scg.estimators.carms import CARMS
 from scg.estimators.disarm import DisARM
 from scg.estimators.subsets import SubsetEstimator
 from scg.estimators.unordered_set import UnorderedSet
@@ -93,6 +94,35 @@ def normal_pair(m: Tensor, correlation: float) -> Tensor:
     density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi)
     inner = torch.special.ndtr((h - correlation * x) / math.sqrt(1 - correlation**2))
     return (6 * weights * density * inner).sum(-1)
+
+
+@dataclass(frozen=True)
+class FiniteCARMS(CARMS):
+    """`CARMS` with its rows drawn from the table of their joint law, derived apart from it."""
+
+    def categories(self, p: Tensor, orders: Tensor) -> Tensor:
+        n, count = self.rows, p.shape[-1]
+        ends = p.unsqueeze(-2).expand(orders.shape).gather(-1, orders).cumsum(-1)
+        ends = torch.cat([torch.zeros_like(ends[..., :1]), ends], -1)  # [*N, O, C + 1]
+        place = orders.argsort(-1)
+        rows = list(itertools.product(range(count), repeat=n))
+        table = []
+        for row in rows:
+            low = torch.stack([ends.gather(-1, place[..., c, None]).squeeze(-1) for c in row])  # [n, *N, O]
+            high = torch.stack([ends.gather(-1, place[..., c, None] + 1).squeeze(-1) for c in row])
+            table.append(self.box(low, high).clamp_min(0).mean(-1))
+        return pick(torch.tensor(rows), choose(torch.stack(table, -1))).movedim(-1, 0)
+
+    def box(self, low: Tensor, high: Tensor) -> Tensor:
+        """The probability that each uniform lies between ``low`` and ``high``, ``[n, …]``."""
+        if self.rows == 2:  # u and 1 - u
+            return torch.minimum(high[0], 1 - low[1]) - torch.maximum(low[0], 1 - high[1])
+        total = torch.zeros_like(low[0])
+        for corner in itertools.product([0, 1], repeat=self.rows):
+            at = torch.stack([(low if lower else high)[i] for i, lower in enumerate(corner)])
+            shares = (1 - at ** (1 / (self.rows - 1))).sum(0)  # all d_i above these: the simplex shrunk
+            total = total + (-1) ** sum(corner) * (1 - shares).clamp_min(0) ** (self.rows - 1)
+        return total
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -17,8 +17,9 @@ from scg.estimators.antithetic import Antithetic
 from scg.estimators.arm import ARM
 from scg.estimators.arms import ARMS, gauss_legendre
 from scg.estimators.disarm import DisARM
+from tests.estimators import categoricals
 from tests.estimators.finite_noise import FiniteARM, FiniteARMS, FiniteDisARM, moments, normal_pair
-from tests.estimators.mixes import categorical_chain, problems, tied_rows
+from tests.estimators.mixes import problems, tied_rows
 from tests.law2 import assert_unbiased
 from tests.problems import PROBLEMS
 
@@ -84,21 +85,22 @@ def test_unbiased_with_coarse_credit(credit: str) -> None:
     assert_unbiased(PROBLEMS["tied_batch"](), estimator=PAIRS["disarm"], credit=credit)
 
 
-@pytest.mark.parametrize("name", ["integer_index", "one_hot"])
+QUICK_CATEGORICALS = ("one_index", "one_hot", "jumps", "downstream")
+
+
+def _categoricals(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in QUICK_CATEGORICALS else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("name", _categoricals(categoricals.PROGRAMS))
 def test_categorical_disarm(name: str) -> None:
-    assert_unbiased(PROBLEMS[name](), estimator=FiniteDisARM())
+    assert_unbiased(categoricals.PROGRAMS[name](), estimator=FiniteDisARM())
 
 
-@pytest.mark.parametrize(
-    "estimators",
-    [
-        {"top": FiniteDisARM(), "bottom": "score_function"},
-        pytest.param({"top": "enumerate", "bottom": FiniteDisARM()}, marks=pytest.mark.slow),
-    ],
-    ids=["upstream", "below enumerated"],
-)
-def test_categorical_disarm_beside_others(estimators: dict[str, Any]) -> None:
-    assert_unbiased(categorical_chain(), estimators=estimators)
+@pytest.mark.parametrize("mix", _categoricals(mix for mix in categoricals.MIXES if mix != "both"))
+def test_categorical_disarm_beside_others(mix: str) -> None:
+    problem, estimators = categoricals.mixed(mix, FiniteDisARM())
+    assert_unbiased(problem, estimators=estimators)
 
 
 def test_a_categorical_of_two_is_a_bernoulli() -> None:
