@@ -204,11 +204,21 @@ class _Choice:
                     f"from, but %{name} is not, and may be a consequence of the outcome; name the inputs it may read "
                     f"with Learned(module, inputs=(…))"
                 )
+            if site.value is not None and self.graph.ancestors([name]) & self._outcome(site):
+                raise EstimatorError(
+                    f"%{site.name} ({site.loc}) is replayed: its baseline reads %{name}, which holds the outcome or is "
+                    f"computed from what does; give what a baseline may know as an input of its own"
+                )
             if self.found.sites(name) and site.name in self.found.sites(name):
                 raise EstimatorError(
                     f"%{site.name} ({site.loc}): its baseline reads %{name}, which depends on the draw "
                     f"({' -> '.join(self._path(site.name, name))})"
                 )
+
+    def _outcome(self, site: Sample) -> set[str]:
+        """The inputs that the outcome of a replayed site is read from."""
+        assert site.value is not None
+        return {name for name in self.graph.ancestors([site.value]) if isinstance(self.graph[name], Input)}
 
     def _path(self, source: str, target: str) -> list[str]:
         import networkx

@@ -24,6 +24,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import networkx
 
+    from scg.analysis.contexts import SiteContexts
     from scg.template import Template
 
 
@@ -462,6 +463,12 @@ class Graph:
             reason=node.reason,
             sample_dims=node.tensor.sample,
         )
+
+    def context(self, site: str) -> SiteContexts:
+        """What a baseline of ``site`` may read, and what its baseline and its critic need: see `SiteContexts`."""
+        from scg.analysis.contexts import contexts
+
+        return contexts(self, site)
 
     @property
     def costs(self) -> dict[str, Cost]:

@@ -12,16 +12,20 @@ import html
 import math
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from itertools import zip_longest
 
-from scg.estimators.base import EnumeratingEstimator, Estimator
+from scg.analysis.contexts import contexts, random_values
+from scg.estimators.base import EnumeratingEstimator, Estimator, ScoreEstimator
 from scg.estimators.rows import SAMPLES, own_dims
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Cost, Graph, Sample
 
 _WRAP = 36
 """Widest cell of the terminal table; longer texts go over several lines."""
+
+_CONTEXTS = 6
+"""Most sites whose contexts are listed."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Report:
     summary: Mapping[str, str]
     """Header facts by name: objective, costs, …"""
     rows: tuple[Row, ...]
+    contexts: Mapping[str, str] = field(default_factory=dict)
+    """By site that is scored: what a baseline and a critic of it need to read."""
     notes: tuple[str, ...] = ()
     """Remarks and warnings, whole sentences."""
 
@@ -67,6 +73,10 @@ class Report:
                 for parts in zip_longest(*row, fillvalue="")
             ]
             lines += ["", text[0], "  ".join("─" * w for w in widths), *text[1:]]
+        if self.contexts:
+            widest = max(map(len, self.contexts))
+            lines += ["", "sufficient contexts"]
+            lines += [f"  {site:<{widest}}  {text}" for site, text in self.contexts.items()]
         if self.notes:
             lines += ["", *(f"! {note}" for note in self.notes)]
         return "\n".join(lines)
@@ -83,6 +93,9 @@ class Report:
         if self.rows:
             rule = "|" + " --- |" * len(astuple(TITLES))
             blocks.append("\n".join([cells(TITLES), rule, *map(cells, self.rows)]))
+        if self.contexts:
+            texts = (f"- {site}: {html.escape(text, quote=False)}" for site, text in self.contexts.items())
+            blocks.append("\n".join(["Sufficient contexts:\n", *texts]))
         blocks += [f"> {html.escape(note, quote=False)}" for note in self.notes]
         return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -95,6 +108,10 @@ class Report:
         facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in self.summary.items())
         body = "".join(f'<tr data-site="{html.escape(row.site)}">{cells(row, "td")}</tr>' for row in self.rows)
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        facts += "".join(
+            f"<dt>context of {html.escape(site)}</dt><dd>{html.escape(text)}</dd>"
+            for site, text in self.contexts.items()
+        )
         return f"<dl>{facts}</dl><table><thead><tr>{cells(TITLES, 'th')}</tr></thead><tbody>{body}</tbody></table>" + (
             f'<ul class="notes">{notes}</ul>' if notes else ""
         )
@@ -125,7 +142,18 @@ def explain(
     summary["sites"] = str(len(sites))
     summary["samples"] = str(graph.samples)
     rows = tuple(_row(graph, site, evaluations or {}) for site in sites)
-    return Report(f"{graph.name}: minimises {objective_text(graph)}", summary, rows, tuple(notes))
+    title = f"{graph.name}: minimises {objective_text(graph)}"
+    return Report(title, summary, rows, _contexts(graph, sites), tuple(notes))
+
+
+def _contexts(graph: Graph, sites: list[Sample]) -> dict[str, str]:
+    """Of the first scored sites: those of a long chain are all alike."""
+    scored = [site.name for site in sites if isinstance(site.estimator, ScoreEstimator) and site.credits]
+    if not scored:
+        return {}
+    values = random_values(graph)
+    found = {name: str(contexts(graph, name, values)) for name in scored[:_CONTEXTS]}
+    return found if len(scored) <= _CONTEXTS else {**found, "…": f"{len(scored) - _CONTEXTS} more"}
 
 
 def _row(graph: Graph, site: Sample, evaluations: Mapping[str, int]) -> Row:

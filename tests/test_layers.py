@@ -26,8 +26,8 @@ LAYERS = (
 )
 """Each may import from its own layer and those above it in this list; ``tracer`` stands for ``tracer_*`` as well."""
 
-VIEWS = {("ir", "backends")}
-"""A graph shows itself: these imports happen inside the methods that draw."""
+VIEWS = {("ir", "backends"), ("ir", "analysis")}
+"""A graph shows and answers for itself: these imports happen inside the methods that do."""
 
 FX = {"tracer", "tracer_batch", "tracer_frames", "tracer_graph", "tracer_operations", "tracer_recorder", "backends"}
 """Who may import torch.fx."""

@@ -21,7 +21,7 @@ def test_text_of_a_vae() -> None:
         "  samples    4",
         "",
     ]
-    head, rule, first, second, _, note = lines[6:]
+    head, rule, first, second, _, title, context, _, note = lines[6:]
     starts = [match.start() for match in re.finditer("─+", rule)]
     assert [_cell(head, starts, i) for i in range(9)] == list(dataclasses.astuple(TITLES))
     assert [_cell(first, starts, i) for i in range(9)] == [
@@ -29,6 +29,7 @@ def test_text_of_a_vae() -> None:
         "nll (tied 0), kl (tied 0, tied 1)", "no", "4", "vae.py:10",
     ]  # fmt: skip
     assert second.split() == ["leave-one-out", "over", "K"]
+    assert [title, context] == ["sufficient contexts", "  z  baseline {x}; critic {x, z}"]
     assert note == "! %x is stopped at vae.py:3"
 
 
