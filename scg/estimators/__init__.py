@@ -27,6 +27,7 @@ from scg.estimators.muprop import MuProp
 from scg.estimators.reinmax import ReinMax
 from scg.estimators.relax import Rebar, Relax
 from scg.estimators.reparam import Reparam
+from scg.estimators.rodeo import Rodeo
 from scg.estimators.score_function import ScoreFunction
 from scg.estimators.spsa import SPSA
 from scg.estimators.stochastic_ad import StochasticAD
@@ -40,7 +41,7 @@ GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "Single changes of the draw": (LocalExpectation, MeasureValued, IndeCateR, BitFlip, StochasticAD, GoGradient),
     "Antithetic draws": (DisARM, ARM, ARMS, ARSM, CARMS),
     "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
-    "Control variates": (Relax, Rebar, Lax, MuProp, DoubleCV),
+    "Control variates": (Relax, Rebar, Lax, MuProp, DoubleCV, Rodeo),
     "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),
     "Finite differences": (SPSA,),
 }

@@ -1,4 +1,4 @@
-r"""Gradients with a learned control variate: what `lax`, `relax` and `rebar` share.
+r"""Gradients with a learned control variate: what `lax`, `relax`, `rebar`, `double_cv` and `rodeo` share.
 
 The gradient in a distribution's own parameters is an explicit value :math:`\hat g_\phi` of the program. Its mean does
 not depend on :math:`\phi`, so the gradient of its variance is that of its square, and one draw estimates it:
