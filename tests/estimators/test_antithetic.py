@@ -269,7 +269,7 @@ def test_the_decoder_gets_the_mean_gradient() -> None:
     torch.testing.assert_close(float(grad), 1.0)
 
 
-@pytest.mark.parametrize("estimator", ["disarm", "unordered_set"])
+@pytest.mark.parametrize("estimator", ["disarm", "unordered_set", "rebar"])
 def test_no_memory_is_left_in_cycles(estimator: str) -> None:
     logits = nn.Parameter(torch.zeros(3))
 

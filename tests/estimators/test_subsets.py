@@ -17,6 +17,8 @@ from scg.estimators.subsets import SubsetEstimator
 from scg.estimators.sum_and_sample import SumAndSample
 from scg.estimators.unordered_set import UnorderedSet, set_weights
 from scg.estimators.without_replacement import WithoutReplacement, inclusion_weights
+from tests.estimators.coins import COSTS, coins
+from tests.estimators.coins import score as coin_score
 from tests.estimators.finite_noise import (
     FiniteDisARM,
     FiniteUnorderedSet,
@@ -178,10 +180,6 @@ def test_unbiased_with_two_sets(label: str) -> None:
 
 
 # -- the published toy: eight outcomes of three coins, one parameter --------------------------------------------------
-P0 = torch.tensor([0.6, 0.51, 0.48], dtype=torch.float64)
-CORNERS = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)), dtype=torch.float64)
-COSTS = (CORNERS - P0).square().sum(-1)  # [8]
-
 UNORDERED = {
     0.0: (6.1125e-3, 2.2625e-3, 1.1308e-3, 6.1050e-4, 3.1650e-4, 1.2917e-4, 0.0),
     -4.0: (2.9782e-5, 8.0711e-6, 1.0555e-6, 7.9696e-8, 1.0248e-8, 2.8549e-10, 0.0),
@@ -189,27 +187,16 @@ UNORDERED = {
 """Kool, van Hoof and Welling 2020, figure 1: variance of the built-in baseline for k = 2 … 8, exact."""
 
 
-def toy_log_p(eta: Tensor) -> Tensor:
-    """Of the eight outcomes.  ``[8]``"""
-    return Bernoulli(logits=eta).log_prob(CORNERS).sum(-1)
-
-
-def toy_score(eta: float) -> tuple[Tensor, Tensor]:
-    """Log probabilities and their derivatives."""
-    p = torch.sigmoid(torch.tensor(eta, dtype=torch.float64))
-    return toy_log_p(torch.tensor(eta, dtype=torch.float64)), (CORNERS - p).sum(-1)
-
-
 @pytest.mark.parametrize("eta", UNORDERED)
 @pytest.mark.parametrize("k", range(2, 9))
 def test_published_variances_of_the_unordered_set(k: int, eta: float) -> None:
-    log_p, score = toy_score(eta)
+    log_p, slope = coin_score(eta)
     sets = torch.tensor(list(itertools.combinations(range(8), k)))
     mass = torch.stack([_first_of(log_p.exp(), found) for found in sets.tolist()])  # P(S), by its orders
     weight, leave_one_out = set_weights(log_p.expand(len(sets), 8), sets)
     costs = COSTS[sets]
     advantage = costs - (leave_one_out * costs.unsqueeze(-2)).sum(-1)
-    estimate = (weight * advantage * score[sets]).sum(-1)
+    estimate = (weight * advantage * slope[sets]).sum(-1)
     mean = (mass * estimate).sum()
     torch.testing.assert_close(float(mass.sum()), 1.0)
     torch.testing.assert_close(float(mean), -0.045 if eta == 0 else -3.179287e-3, rtol=1e-6, atol=0)
@@ -252,18 +239,10 @@ def _without(p: Tensor, left_out: list[int]) -> Tensor:
     return kept / kept.sum()
 
 
-def _toy(eta: nn.Parameter) -> Callable[[], Tensor]:
-    def loss() -> Tensor:
-        z = Categorical(logits=toy_log_p(eta)).sample()
-        return COSTS[z]
-
-    return loss
-
-
 @pytest.mark.parametrize("k", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_compiled_toy_has_the_published_variance(k: int) -> None:
     eta = nn.Parameter(torch.zeros((), dtype=torch.float64))
-    compiled = scg.compile(_toy(eta), estimator=FiniteUnorderedSet(samples=k))
+    compiled = scg.compile(coins(eta), estimator=FiniteUnorderedSet(samples=k))
     mean, variance = moments(compiled, {"eta": eta})["eta"]
     torch.testing.assert_close(float(mean), -0.045)
     torch.testing.assert_close(float(variance), UNORDERED[0.0][k - 2], rtol=1e-4, atol=0)
@@ -272,8 +251,8 @@ def test_compiled_toy_has_the_published_variance(k: int) -> None:
 @pytest.mark.parametrize("estimator", [UnorderedSet(samples=8), WithoutReplacement(samples=8), SumAndSample(top=7)])
 def test_the_whole_support_is_exact(estimator: SubsetEstimator) -> None:
     eta = nn.Parameter(torch.tensor(-1.0, dtype=torch.float64))
-    compiled = scg.compile(_toy(eta), estimator=estimator)
-    expected = scg.exact(_toy(eta))
+    compiled = scg.compile(coins(eta), estimator=estimator)
+    expected = scg.exact(coins(eta))
     for _ in range(3):
         objective = compiled()
         (grad,) = torch.autograd.grad(objective, eta)
