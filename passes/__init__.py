@@ -9,6 +9,7 @@ from scg.ir import Graph
 from scg.passes.check import check_gradients
 from scg.passes.clean import eliminate_dead_code, share
 from scg.passes.credit import assign_credit
+from scg.passes.index_to_one_hot import index_to_one_hot
 from scg.passes.insert_estimators import InsertEstimators
 from scg.passes.normalize import normalize
 from scg.passes.split_costs import split_costs
@@ -25,11 +26,15 @@ def pipeline(insert: InsertEstimators, credit: str = "element") -> tuple[tuple[s
     def assign(graph: Graph) -> Graph:
         return assign_credit(graph, credit)
 
+    def one_hot(graph: Graph) -> Graph:
+        return index_to_one_hot(graph, insert.wants_one_hot)
+
     def check(graph: Graph) -> Graph:
         return check_gradients(graph, insert.allow_biased)
 
     return (
         ("normalize", normalize),
+        ("index_to_one_hot", one_hot),
         ("check_gradients", check),
         ("split_costs", split),
         ("assign_credit", assign),

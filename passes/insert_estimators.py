@@ -62,6 +62,20 @@ class InsertEstimators:
         decided = [choice.decide(site) for site in graph.of(Sample)]
         return annotate_dims(graph.replace(*decided, samples=self.samples))
 
+    def request(self, site: Sample) -> tuple[Any, str]:
+        """The estimator that was asked for at a site, and where."""
+        for glob, spec in self.overrides.items():
+            if fnmatch.fnmatchcase(site.name, glob):
+                return spec, f"estimators[{glob!r}]"
+        if site.requested is not None:
+            return site.requested, "scg.sample(estimator=…)"
+        return self.default, "default"
+
+    def wants_one_hot(self, site: Sample) -> bool:
+        """Whether the estimator asked for needs an index to be written as its one-hot."""
+        estimator = get_estimator(self.request(site)[0])
+        return estimator is not None and estimator.one_hot
+
     def candidates(self, graph: Graph) -> dict[str, SiteInfo]:
         """What is known of each site that needs an estimator: one with something to learn and a cost to learn from."""
         choice = _Choice(self, graph)
@@ -85,7 +99,7 @@ class _Choice:
 
     def decide(self, site: Sample) -> Sample:
         options = self.options
-        requested, source = self._request(site)
+        requested, source = options.request(site)
         if site.data:
             return self._set(site, None, "drawn under no_grad: data")
         learns = self.learns(site)
@@ -121,14 +135,6 @@ class _Choice:
         if not learns:
             return self._set(site, None, "no parameter to learn: exogenous noise")
         return self._auto(site, info)
-
-    def _request(self, site: Sample) -> tuple[Any, str]:
-        for glob, spec in self.options.overrides.items():
-            if fnmatch.fnmatchcase(site.name, glob):
-                return spec, f"estimators[{glob!r}]"
-        if site.requested is not None:
-            return site.requested, "scg.sample(estimator=…)"
-        return self.options.default, "default"
 
     def _auto(self, site: Sample, info: SiteInfo) -> Sample:
         reparam, enumerate_, score = ESTIMATORS["reparam"](), ESTIMATORS["enumerate"](), ScoreFunction()
@@ -267,6 +273,7 @@ class _Choice:
             pathwise_only=self._pathwise_only(site),
             joined=joined_dims(self.graph, self.found, site),
             rerun_break=rerun_break(self.graph, site),
+            index_use=site.index_use or None,
         )
 
     def _joins(self, site: Sample) -> bool:

@@ -222,6 +222,10 @@ class Sample(Node):
     """Of a replayed site: the outcome to use instead of a draw."""
     data: bool = False
     """Drawn under ``no_grad``: its draw is data, influence still passes through its parameters."""
+    index: bool = False
+    """Of a drawn one-hot that the user's site holds the index of: a Categorical, written for its estimator's sake."""
+    index_use: str = ""
+    """Of a Categorical that was to be written so: the use of its index that has no form for one-hots."""
     requested: Any = None
     """The estimator given to `scg.sample`, a name or an object."""
     estimator: Any = None
@@ -242,6 +246,8 @@ class Sample(Node):
             parts.append("rsample")
         if self.data:
             parts.append("data")
+        if self.index:
+            parts.append("index")
         if self.estimator is not None:
             parts.append(f"estimator={self.estimator.name}")
         if self.credits:
@@ -455,8 +461,8 @@ class Graph:
         assert isinstance(dist, Dist)
         return Site(
             name=node.name,
-            distribution=dist.template.family,
-            shape=node.tensor.shape,
+            distribution="Categorical" if node.index else dist.template.family,
+            shape=node.tensor.shape[:-1] if node.index else node.tensor.shape,
             estimator=node.estimator.name if node.estimator is not None else None,
             credits=node.credits,
             loc=node.loc,

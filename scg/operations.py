@@ -187,8 +187,8 @@ OPERATIONS: dict[str, Operation] = {
         _MOVE,
         """_pad_circular _unsafe_view adjoint atleast_1d atleast_2d atleast_3d broadcast_to channel_shuffle chunk
         constant_pad_nd diag diag_embed diagflat diagonal diagonal_copy dsplit expand expand_copy flatten flip
-        fliplr flipud hsplit im2col linalg_diagonal mH mT masked_select moveaxis movedim narrow narrow_copy pad
-        permute permute_copy pixel_shuffle pixel_unshuffle ravel reflection_pad1d reflection_pad2d
+        fliplr flipud hsplit im2col linalg_diagonal mH mT masked_select moveaxis movedim narrow narrow_copy
+        numpy_T pad permute permute_copy pixel_shuffle pixel_unshuffle ravel reflection_pad1d reflection_pad2d
         reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape
         resolve_conj resolve_neg roll rot90 select select_copy slice slice_copy split split_copy
         split_with_sizes split_with_sizes_copy squeeze squeeze_copy swapaxes swapdims t t_copy tensor_split tile

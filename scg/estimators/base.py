@@ -68,12 +68,20 @@ class SiteInfo:
     """Why only pathwise estimators are legal here (an ``rsample`` with both stopped and open paths into one cost)."""
     joined: tuple[int, ...] = ()
     """Element dims of which one cost may see several indices."""
+    index_use: str | None = None
+    """Of a Categorical: the use of its index that stands against writing it as a one-hot, with the place."""
     rerun_break: str | None = None
     """Why what lies below the site cannot be evaluated at other outcomes, with the place."""
 
     @property
     def family(self) -> str:
         return self.template.family
+
+    @property
+    def why_no_one_hot(self) -> str:
+        """Of a Categorical: why its index has no relaxation."""
+        found = f": {self.index_use}" if self.index_use else ""
+        return f"Categorical draws an index, which has no relaxation{found}; draw from OneHotCategorical"
 
     @property
     def flips(self) -> int:
@@ -96,6 +104,8 @@ class Estimator:
     name: ClassVar[str] = ""
     """The name users write, the same in code, docs and tests."""
     unbiased: ClassVar[bool] = True
+    one_hot: ClassVar[bool] = False
+    """Whether a Categorical's index is written as its one-hot for it, where the uses of the index allow."""
     bounds: ClassVar[bool] = False
     """Whether it may stand below a multi-sample bound."""
     orders: ClassVar[int] = 1

@@ -33,6 +33,7 @@ class DoubleCV(RerunEstimator):
 
     name: ClassVar[str] = "double_cv"
     unbiased: ClassVar[bool] = True
+    one_hot: ClassVar[bool] = True
     reference: ClassVar[str] = "Titsias and Shi 2022"
     formula: ClassVar[str] = (
         r"\frac1K \sum_k (h_k - \bar h_{-k}) \nabla_\theta \log p_\theta(z_k) + \alpha \bar s^\top \nabla_\theta \mu, "
@@ -42,7 +43,10 @@ class DoubleCV(RerunEstimator):
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:
         if not issubclass(site.template.cls, (Bernoulli, OneHotCategorical)):
-            return Support(False, f"{site.family} is neither Bernoulli nor OneHotCategorical")
+            index = site.family == "Categorical"
+            return Support(
+                False, site.why_no_one_hot if index else f"{site.family} is neither Bernoulli nor OneHotCategorical"
+            )
         return super().supports(site)
 
     @property

@@ -29,6 +29,7 @@ class MuProp(RerunEstimator):
 
     name: ClassVar[str] = "muprop"
     unbiased: ClassVar[bool] = True
+    one_hot: ClassVar[bool] = True
     reference: ClassVar[str] = "Gu et al. 2016"
     formula: ClassVar[str] = (
         r"(Q(z) - Q(\mu) - \nabla Q(\mu)^\top (z - \mu)) \nabla_\theta \log p_\theta(z) + "
@@ -38,8 +39,8 @@ class MuProp(RerunEstimator):
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:
         if not issubclass(site.template.cls, _WITH_MEAN):
-            what = "draws an index, which has no mean" if site.family == "Categorical" else "is not discrete"
-            return Support(False, f"{site.family} {what}")
+            index = site.family == "Categorical"
+            return Support(False, site.why_no_one_hot if index else f"{site.family} is not discrete")
         return super().supports(site)
 
     def evaluations(self, site: SiteInfo) -> int:

@@ -42,6 +42,7 @@ class Relax(RerunEstimator):
 
     name: ClassVar[str] = "relax"
     unbiased: ClassVar[bool] = True
+    one_hot: ClassVar[bool] = True
     reference: ClassVar[str] = "Grathwohl et al. 2018"
     formula: ClassVar[str] = (
         r"(Q(b) - c_\phi(\tilde z))\, \nabla_\theta \log p_\theta(b) + \nabla_\theta c_\phi(z) - "
@@ -64,7 +65,7 @@ class Relax(RerunEstimator):
         if site.replayed:
             return Support(False, "a replayed outcome has no relaxed draw behind it")
         if site.family == "Categorical":
-            return Support(False, "Categorical draws an index, which has no relaxation; draw from OneHotCategorical")
+            return Support(False, site.why_no_one_hot)
         if not issubclass(site.template.cls, Discrete):
             return Support(False, f"{site.family} has no relaxation here: Bernoulli and OneHotCategorical have")
         return Support(True)

@@ -26,13 +26,14 @@ class Relaxation(PathwiseEstimator):
     """The draw is, or is differentiated as, a continuous stand-in: the gradient is biased."""
 
     unbiased: ClassVar[bool] = False
+    one_hot: ClassVar[bool] = True
 
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:
         if site.replayed:
             return Support(False, "a replayed outcome has no path back to its parameters")
         if site.family == "Categorical":
-            return Support(False, "Categorical draws an index, which has no relaxation; draw from OneHotCategorical")
+            return Support(False, site.why_no_one_hot)
         if not issubclass(site.template.cls, Discrete):
             return Support(False, f"{site.family} has no relaxation here: Bernoulli and OneHotCategorical have")
         if site.pathwise_break:

@@ -141,24 +141,29 @@ def test_unbiased_beside_others(site: str, other: str) -> None:
 class _Vector(nn.Module):
     """``[B, D]`` with a decoder: elements of one example share costs."""
 
-    def __init__(self, one_hot: bool) -> None:
+    def __init__(self, one_hot: bool, index: bool = False) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.one_hot = one_hot
+        self.one_hot, self.index = one_hot, index
         self.logits = nn.Parameter(torch.randn((2, 3) if one_hot else (2, 2), dtype=torch.float64))
         self.decoder = nn.Linear(3 if one_hot else 2, 2, dtype=torch.float64)
 
     def forward(self) -> Tensor:
         q: Any = OneHotCategorical(logits=self.logits) if self.one_hot else Bernoulli(logits=self.logits)
+        if self.index:
+            q = Categorical(logits=self.logits)
+            z = q.sample()
+            decoded = self.decoder.weight.T[z] + self.decoder.bias
+            return (torch.tanh(decoded).sum(-1) ** 2 + 0.3 * q.log_prob(z)).mean()
         z = q.sample()
         own = q.log_prob(z) if self.one_hot else q.log_prob(z).sum(-1)
         return (torch.tanh(self.decoder(z)).sum(-1) ** 2 + 0.3 * own).mean()
 
 
-@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("kind", ["bits", "one_hot", "index"])
 @pytest.mark.parametrize("estimator", ["rebar", "relax", Relax(through_cost=False)])
-def test_mean_over_many_draws(estimator: Any, one_hot: bool) -> None:
-    model = _Vector(one_hot)
+def test_mean_over_many_draws(estimator: Any, kind: str) -> None:
+    model = _Vector(kind != "bits", kind == "index")
     compiled = scg.compile(model, estimator=estimator, samples=20_000, example_inputs=()).double()
     with compiled.frozen():
         torch.manual_seed(0)
