@@ -69,10 +69,10 @@ compiled().backward()
 
 An estimator that does not fit a site is an error that says why, and names those that fit; `allow_biased=False` makes a
 biased choice an error too. Those that need a draw to move continuously (the relaxations, `rebar`, `relax`, `muprop`,
-`double_cv`) take a `Categorical` as well: its index is written as a one-hot where every use on the way to the loss is a
-look-up (`table[z]`, `embedding`, `gather`, `take`, `index_select`), a `one_hot` or a categorical's log density; another
-use is an error that names it and its line. "Evaluations" counts how often the costs below one scalar site are evaluated
-a draw.
+`double_cv`, `rodeo`) take a `Categorical` too: its index is written as a one-hot where every use on the way to the loss
+is a look-up (`table[z]`, `embedding`, `gather`, `take`, `index_select`), a `one_hot` or a categorical's log density;
+another use is an error that names it and its line. "Evaluations" counts how often the costs below one scalar site are
+evaluated a draw.
 
 """
 

@@ -41,6 +41,7 @@ class Rodeo(RerunEstimator):
 
     name: ClassVar[str] = "rodeo"
     unbiased: ClassVar[bool] = True
+    one_hot: ClassVar[bool] = True
     reference: ClassVar[str] = "Shi et al. 2022"
     formula: ClassVar[str] = (
         r"\frac1K \sum_k \Big(Q(z_k) - \frac{1}{K-1} \sum_{j \ne k} (Q(z_j) + \alpha (A h_j)(z_j))\Big) "
@@ -55,7 +56,7 @@ class Rodeo(RerunEstimator):
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:
         if site.family == "Categorical":
-            return Support(False, "Categorical draws an index, which has no derivative; draw from OneHotCategorical")
+            return Support(False, site.why_no_one_hot)
         if not issubclass(site.template.cls, Discrete):
             return Support(False, f"{site.family} is neither Bernoulli nor OneHotCategorical")
         return super().supports(site)

@@ -125,7 +125,7 @@ class _Chain(nn.Module):
 @pytest.mark.parametrize("other", ["enumerate", pytest.param(None, marks=pytest.mark.slow)])
 def test_unbiased(estimator: str, other: str | None) -> None:
     estimators = {} if other is None else {"a": estimator, "b": other}
-    needs_two = estimator == "double_cv"
+    needs_two = estimator in ("double_cv", "rodeo")
     try:
         assert_unbiased(Problem(_Chain()), estimator=estimator, estimators=estimators, samples=1 + needs_two)
     except AssertionError as error:
