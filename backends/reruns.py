@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -25,28 +26,12 @@ def rerun(run: Interpreter, site: Sample, dims: tuple[str, ...], values: Tensor,
         values: ``[R, *dims | *S]``.
         differentiable: also give a surrogate through which the gradient reaches ``values``.
     """
-    graph = run.graph
     run.reruns += 1
     row = SampleDim(f"{site.name}*{run.reruns}", values.shape[0], "counterfactual", site.name, -1 - run.reruns)
     rows = (row.name, *dims)
-    below = graph.descendants([site.name])
-    child = copy.copy(run)
-    child.dims = SampleDims([*run.dims.table.values(), row])
-    child.batcher = Batcher(child.dims)
-    child.env = _Detached({name: value for name, value in run.env.items() if name not in below})
-    child.params = {
-        name: [child.env[ref] for ref in run.dist_node(name).params] for name in run.params if name not in below
-    }
-    child.before_transform = {name: stop_gradient(v) for name, v in run.before_transform.items() if name not in below}
-    child.extras = dict(run.extras)
-    child.expectation = run.expectation.beside(child.dims)
-    child.rerunning, child.training, child.kept = True, False, rows
-    child.env[site.name] = Batched(values, rows)
     costs = [edge.cost for edge in run.signals.credited(site)]
-    wanted = graph.ancestors(costs) & below
-    for node in graph:
-        if node.name in wanted and node.name != site.name:
-            child.evaluate(node)
+    wanted = run.graph.ancestors(costs) & run.graph.descendants([site.name])
+    child = evaluated_again(run, site, SampleDims([*run.dims.table.values(), row]), Batched(values, rows), wanted)
     child.signals = child.make_signals(follows=differentiable)
     found = child.signals.of(site, rows)
     assert found is not None
@@ -56,6 +41,28 @@ def rerun(run: Interpreter, site: Sample, dims: tuple[str, ...], values: Tensor,
     child.expectation.forget()
     child.signals = child.make_signals()
     return Rerun(signal, _total(child, costs, wanted, scale))
+
+
+def evaluated_again(
+    run: Interpreter, site: Sample, dims: SampleDims, value: Batched, wanted: Collection[str]
+) -> Interpreter:
+    """A run of the nodes ``wanted`` below ``site`` at another value of it; all else is that of ``run``, detached."""
+    below = run.graph.descendants([site.name])
+    child = copy.copy(run)
+    child.dims, child.batcher = dims, Batcher(dims)
+    child.env = _Detached({name: found for name, found in run.env.items() if name not in below})
+    child.params = {
+        name: [child.env[ref] for ref in run.dist_node(name).params] for name in run.params if name not in below
+    }
+    child.before_transform = {name: stop_gradient(v) for name, v in run.before_transform.items() if name not in below}
+    child.extras = dict(run.extras)
+    child.expectation = run.expectation.beside(dims)
+    child.rerunning, child.training, child.kept = True, False, value.dims
+    child.env[site.name] = value
+    for node in run.graph:
+        if node.name in wanted and node.name != site.name:
+            child.evaluate(node)
+    return child
 
 
 def _total(child: Interpreter, costs: list[str], wanted: set[str], scale: float) -> Tensor:

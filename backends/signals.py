@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -59,9 +59,7 @@ class Signals:
         edges = [edge for edge in self.edges(site) if self.bound_of(edge.cost) is None]
         if not edges:
             return None
-        uniform = [self.coefficients[edge.cost].uniform for edge in edges]
-        known = [abs(u) for u in uniform if u is not None]
-        scale = max(known) if known and len(known) == len(uniform) else 1.0
+        scale = self.scale(edges)
         groups: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
         for edge in edges:
             value = self._shared(edge, dims, scale)
@@ -72,6 +70,12 @@ class Signals:
             total = part if total is None else total + part
         assert total is not None
         return total, scale
+
+    def scale(self, edges: Sequence[CreditEdge]) -> float:
+        """What is taken out of the coefficients of these costs: the largest where all are numbers."""
+        uniform = [self.coefficients[edge.cost].uniform for edge in edges]
+        known = [abs(u) for u in uniform if u is not None]
+        return max(known) if known and len(known) == len(uniform) else 1.0
 
     def _running_sum(self, shape: tuple[int, ...], members: list[tuple[str, Tensor]]) -> Tensor:
         """The sum of the members, built on the largest sum made before: T rewards-to-go take T additions."""

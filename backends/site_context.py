@@ -13,6 +13,7 @@ from scg.backends import runtime
 from scg.backends.batching import Batched
 from scg.backends.recorder import compile_time, record_call
 from scg.backends.reruns import rerun
+from scg.backends.single_changes import changed_signal
 from scg.estimators.base import Rerun, RowEstimator, SiteInfo
 from scg.ir import Input, Sample
 
@@ -62,6 +63,9 @@ class Context:
 
     def rerun(self, values: Tensor, *, differentiable: bool = False) -> Rerun:
         return rerun(self._of, self._site, self.dims, values if differentiable else values.detach(), differentiable)
+
+    def change_one(self, outcomes: Tensor, rest: Tensor | None = None) -> Tensor:
+        return changed_signal(self._of, self._site, self.dims, outcomes, rest)
 
     def variables(self) -> tuple[Distribution, list[Tensor], list[Tensor]]:
         fixed = self.parameters()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Normal, Uniform
 
 import scg
+from scg.analysis.edges import element_edge
 from scg.analysis.influence import Relation
 from scg.backends import coefficients
 from scg.estimators.arm import ARM
@@ -19,7 +20,7 @@ from scg.estimators.base import YES, ScoreEstimator, SiteContext, SiteInfo, Supp
 from scg.estimators.baselines import Baseline, LeaveOneOut, MovingAverage
 from scg.estimators.reparam import Reparam
 from scg.estimators.score_function import ScoreFunction
-from scg.ir import Cost, CreditEdge, Graph, Sample
+from scg.ir import CreditEdge, Sample
 from scg.passes import credit as credit_pass
 
 F64 = torch.float64
@@ -187,14 +188,12 @@ def _wrong_coefficient(monkeypatch: pytest.MonkeyPatch) -> None:
 def _tied_where_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Element b of the cost is said to see element b of the site alone."""
 
-    right = credit_pass._edge
+    def wrong(site: Sample, value: str, relation: Relation) -> CreditEdge:
+        if relation.shape == site.tensor.shape:
+            return CreditEdge(site.name, value, (0,), (False,), ("tied",))
+        return element_edge(site, value, relation)
 
-    def wrong(graph: Graph, site: Sample, cost: Cost, relation: Relation, credit: str) -> CreditEdge:
-        if credit == "element" and cost.tensor.shape == site.tensor.shape:
-            return CreditEdge(site.name, cost.name, (0,), (False,), ("tied",))
-        return right(graph, site, cost, relation, credit)
-
-    monkeypatch.setattr(credit_pass, "_edge", wrong)
+    monkeypatch.setattr(credit_pass, "element_edge", wrong)
 
 
 FAULTS = {

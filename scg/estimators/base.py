@@ -232,6 +232,20 @@ class SiteContext(Protocol):
             differentiable: also give a surrogate through which the gradient reaches ``values``.
         """
 
+    def change_one(self, outcomes: Tensor, rest: Tensor | None = None) -> Tensor:
+        """The signal of each element where it alone, of the elements that one cost may see, takes an outcome.
+
+        Only what a change moves is evaluated for it: by rank-one updates where operations are linear.
+
+        Args:
+            outcomes: ``[R, *dims | *elements | *event]``.
+            rest: what the other elements are in the row of each of the ``G`` joined ones,
+                ``[G, *dims | *elements | *event]``; the draw if not given.
+
+        Returns:
+            ``[R, *dims | *elements]``, of size 1 along elements that are not joined where it does not vary.
+        """
+
     def add(self, surrogate: Tensor) -> None:
         """Adds a scalar (already a mean over draws) to the surrogate, in the units of ``signal``."""
 

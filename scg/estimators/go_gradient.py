@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, Categorical, Geometric, OneHotCategorical, Poisson
 
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
-from scg.estimators.rerun import one_by_one, own_rows
 
 
 def _bernoulli(dist: Any, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +88,5 @@ class GoGradient(RerunEstimator):
     def term(self, context: SiteContext) -> Tensor:
         step = next(step for family, step in _STEPS.items() if isinstance(context.dist, family))
         following, rate = step(context.dist, context.value)
-        found = context.rerun(one_by_one(context, following[None]))
-        gain = own_rows(context, found.signal)[0] - context.signal  # [*dims | *elements]
+        gain = context.change_one(following[None])[0] - context.signal  # [*dims | *elements]
         return rate * gain.detach()

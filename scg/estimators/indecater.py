@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
 from scg.estimators.local_expectation import LocalExpectation, finite
-from scg.estimators.rerun import groups, one_by_one, own_rows
+from scg.estimators.rerun import groups
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class IndeCateR(RerunEstimator):
         batch = value.shape[: value.dim() - context.site.event_ndim]
         fresh = context.dist.expand(batch).sample(torch.Size([groups(context)])).detach()
         outcomes = support.reshape([len(support), *[1] * len(batch), *support.shape[1:]]).expand(-1, *value.shape)
-        found = context.rerun(one_by_one(context, outcomes, fresh))
-        q = own_rows(context, found.signal)  # [S, *dims | *elements]
+        q = context.change_one(outcomes, fresh)  # [S, *dims | *elements]
         p = context.log_prob_of(outcomes).exp()
         q = torch.where(p > 0, q, 0.0)
         return (p * (q - (p.detach() * q).sum(0))).sum(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
-from scg.estimators.rerun import one_by_one, other_outcomes, own_rows
+from scg.estimators.rerun import other_outcomes
 
 
 def finite(site: SiteInfo) -> Support:
@@ -45,7 +45,6 @@ class LocalExpectation(RerunEstimator):
 
     def term(self, context: SiteContext) -> Tensor:
         outcomes = other_outcomes(context)
-        found = context.rerun(one_by_one(context, outcomes))
-        gain = own_rows(context, found.signal) - context.signal  # [S-1, *dims | *elements]
+        gain = context.change_one(outcomes) - context.signal  # [S-1, *dims | *elements]
         p = context.log_prob_of(outcomes).exp()
         return (p * torch.where(p > 0, gain, 0.0)).sum(0)

@@ -29,7 +29,6 @@ from torch.distributions import (
 from scg.errors import EstimatorError
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
 from scg.estimators.local_expectation import LocalExpectation
-from scg.estimators.rerun import one_by_one, own_rows
 
 
 @dataclass(frozen=True)
@@ -183,8 +182,7 @@ class MeasureValued(RerunEstimator):
         rows: list[Tensor] = []
         for t in triples:
             rows += [t.plus, t.minus] if t.known is None else [t.other]
-        found = context.rerun(one_by_one(context, torch.stack(rows)))
-        at = iter(own_rows(context, found.signal).unbind(0))
+        at = iter(context.change_one(torch.stack(rows)).unbind(0))
         total: Tensor | None = None
         for t in triples:
             gain = next(at) - next(at) if t.known is None else t.known * (next(at) - context.signal)
@@ -225,8 +223,7 @@ def _multivariate(context: SiteContext) -> Tensor:
     kinds = [weibull, -weibull, *([maxwell] if tril.requires_grad else [])]
     moved = torch.cat([torch.where(one, kind, whitened) for kind in kinds])  # [2 or 3 times E, *dims | *elements | E]
     outcomes = loc.detach() + (fixed @ moved.unsqueeze(-1)).squeeze(-1)
-    found = context.rerun(one_by_one(context, outcomes))
-    at = own_rows(context, found.signal).movedim(0, -1).split(size, -1)  # each [*dims | *elements, E]
+    at = context.change_one(outcomes).movedim(0, -1).split(size, -1)  # each [*dims | *elements, E]
     shift = (at[0] - at[1]) / math.sqrt(2 * math.pi)
     moves = torch.linalg.solve_triangular(fixed, loc.unsqueeze(-1), upper=False).squeeze(-1)
     term: Tensor = (moves * shift).sum(-1)

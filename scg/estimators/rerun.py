@@ -1,4 +1,4 @@
-"""Rows of other outcomes for estimators that evaluate the program below a site again.
+"""Other outcomes of a site, for estimators that evaluate the program below it again.
 
 Elements along dims that are not joined change in the same row, since no cost sees two of them: all single-element
 changes of a ``[B, D]`` site whose costs are tied over ``B`` are ``D`` rows, not ``B * D``.
@@ -43,52 +43,6 @@ def joined_sizes(context: SiteContext) -> list[int]:
 def groups(context: SiteContext) -> int:
     """How many elements one cost may see: one row each changes all elements of all costs."""
     return math.prod(joined_sizes(context))
-
-
-def selectors(context: SiteContext) -> Tensor:
-    """Which elements each row changes.  ``[G, *elements | 1…]`` with size 1 along dims that are not joined"""
-    shape = [size if dim in context.joined else 1 for dim, size in enumerate(context.site.element_shape)]
-    count = groups(context)
-    chosen = torch.eye(count, dtype=torch.bool, device=context.value.device)
-    lead = context.value.dim() - len(shape) - context.site.event_ndim
-    return chosen.reshape([count, *[1] * lead, *shape, *[1] * context.site.event_ndim])
-
-
-def one_by_one(context: SiteContext, outcomes: Tensor, rest: Tensor | None = None) -> Tensor:
-    """Rows in which one joined element takes an outcome and the others keep their draw.
-
-    Args:
-        context: of the site.
-        outcomes: ``[R, *dims | *elements | *event]``.
-        rest: what the other elements are, broadcastable to ``[R, G, *dims | *elements | *event]``; the draw if
-            not given.
-
-    Returns:
-        ``[R * G, *dims | *elements | *event]``
-    """
-    rest = context.value if rest is None else rest
-    return torch.where(selectors(context), outcomes.unsqueeze(1), rest).flatten(0, 1)
-
-
-def own_rows(context: SiteContext, signal: Tensor) -> Tensor:
-    """Of the signals of `one_by_one`'s rows, that of the row in which an element itself was changed.
-
-    Args:
-        context: of the site.
-        signal: ``[R * G, *dims | *elements]``, of size 1 along elements where it does not vary.
-
-    Returns:
-        ``[R, *dims | *elements]``, of full size along joined dims.
-    """
-    lead = signal.dim() - 1 - len(context.site.element_shape)
-    table = signal.reshape([-1, *joined_sizes(context), *signal.shape[1:]])
-    for done, dim in enumerate(context.joined):
-        axis = 1 + len(context.joined) - done + lead + dim  # of the element dim; that of the rows comes first
-        if table.shape[axis] == 1:
-            table = table.squeeze(axis).movedim(1, axis - 1)
-        else:
-            table = table.diagonal(0, 1, axis).movedim(-1, axis - 1)
-    return table
 
 
 def sum_joined(context: SiteContext, tensor: Tensor) -> Tensor:

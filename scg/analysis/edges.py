@@ -1,0 +1,34 @@
+"""Credit edges: which elements of a site a value's elements teach, made from the relation between the two."""
+
+from __future__ import annotations
+
+from scg.analysis.influence import Relation
+from scg.ir import CreditEdge, Sample
+
+
+def element_edge(site: Sample, value: str, relation: Relation) -> CreditEdge:
+    """The edge that credits each element of ``value`` to the elements of ``site`` that it depends on."""
+    shape = site.tensor.shape
+    axes: list[int | None] = []
+    mixed: list[bool] = []
+    words: list[str] = []
+    links = relation.classify()
+    for dim in range(len(shape) - site.tensor.event_ndim):
+        whole = shape[dim] == 1 or relation.mixed(dim)
+        tied = None if whole else relation.tied(dim)
+        if tied in axes:
+            tied = None
+        axes.append(tied)
+        mixed.append(whole)
+        words.append("mixed" if whole else "tied" if tied is not None else links[dim])
+    simple = all(whole or axis is not None for whole, axis in zip(mixed, axes, strict=True)) and not bool(
+        relation.empty.any()
+    )
+    bounds = {} if simple else {"lo": relation.lo, "hi": relation.hi}
+    return CreditEdge(site.name, value, tuple(axes), tuple(mixed), tuple(words), **bounds)
+
+
+def coarse_edge(site: Sample, value: str) -> CreditEdge:
+    """The edge that credits every element of ``value`` to every element of ``site``."""
+    ndim = site.tensor.ndim - site.tensor.event_ndim
+    return CreditEdge(site.name, value, (None,) * ndim, (True,) * ndim, ("mixed",) * ndim)
