@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, stop_gradient
 from scg.estimators.base import Rerun, ScoreEstimator
-from scg.ir import Sample
+from scg.ir import CreditEdge, Sample
 
 if TYPE_CHECKING:
     from scg.backends.lowering import Interpreter
@@ -29,8 +29,8 @@ def rerun(run: Interpreter, site: Sample, dims: tuple[str, ...], values: Tensor,
     run.reruns += 1
     row = SampleDim(f"{site.name}*{run.reruns}", values.shape[0], "counterfactual", site.name, -1 - run.reruns)
     rows = (row.name, *dims)
-    costs = [edge.cost for edge in run.signals.credited(site)]
-    wanted = run.graph.ancestors(costs) & run.graph.descendants([site.name])
+    edges = run.signals.credited(site)
+    wanted = run.graph.ancestors(edge.cost for edge in edges) & run.graph.descendants([site.name])
     child = evaluated_again(run, site, SampleDims([*run.dims.table.values(), row]), Batched(values, rows), wanted)
     child.signals = child.make_signals(follows=differentiable)
     found = child.signals.of(site, rows)
@@ -40,7 +40,7 @@ def rerun(run: Interpreter, site: Sample, dims: tuple[str, ...], values: Tensor,
         return Rerun(signal)
     child.expectation.forget()
     child.signals = child.make_signals()
-    return Rerun(signal, _total(child, costs, wanted, scale))
+    return Rerun(signal, _total(child, edges, wanted, scale))
 
 
 def evaluated_again(
@@ -65,12 +65,13 @@ def evaluated_again(
     return child
 
 
-def _total(child: Interpreter, costs: list[str], wanted: set[str], scale: float) -> Tensor:
+def _total(child: Interpreter, edges: list[CreditEdge], wanted: set[str], scale: float) -> Tensor:
     """Costs and inner terms of a rerun, summed over draws, with the gradient that reaches its rows.  ``[R]``"""
     total: Tensor | None = None
-    for cost in costs:
-        value = child.expectation(child.env[cost], cost, child.kept).tensor
-        coefficient = child.signals.coefficients[cost]
+    for edge in edges:
+        value = child.expectation(child.env[edge.cost], edge.cost, child.kept).tensor
+        value = value if edge.share == 1.0 else value * edge.share
+        coefficient = child.signals.coefficients[edge.cost]
         if coefficient.uniform is not None:
             part = _by_row(value) * (coefficient.uniform / scale)
         else:

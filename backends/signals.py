@@ -92,7 +92,7 @@ class Signals:
 
     def _shared(self, edge: CreditEdge, dims: tuple[str, ...], scale: float) -> Tensor:
         """One cost's share of a site's signal: ``[*dims | *elements]`` with size 1 along mixed dims."""
-        key = (edge.cost, dims, scale, edge.axes, edge.mixed if edge.simple else id(edge))
+        key = (edge.cost, edge.share, dims, scale, edge.axes, edge.mixed if edge.simple else id(edge))
         if key not in self._shares:
             self._shares[key] = self.share(edge, dims, scale)
         return self._shares[key]
@@ -113,7 +113,7 @@ class Signals:
         tensor = credit_sum(tensor, lead, edge, self._element_shape(edge.site))
         if coefficient.uniform is not None and coefficient.uniform != scale:
             tensor = tensor * (coefficient.uniform / scale)
-        return tensor
+        return tensor if edge.share == 1.0 else tensor * edge.share
 
     def _detached_cost(self, cost: str) -> Batched:
         if cost not in self._detached:

@@ -23,7 +23,7 @@ from scg.errors import (
 from scg.estimators import ESTIMATORS
 from scg.exact import exact
 from scg.ir import Graph
-from scg.measure import Comparison, GradientCheck, Tuned, autotune, compare, gradcheck
+from scg.measure import Comparison, GradientCheck, Tuned, VarianceBudget, autotune, compare, gradcheck, variance_budget
 from scg.pipeline import CompiledModule, compile, trace
 from scg.primitives import cost, depends, multisample, opaque, sample
 
@@ -42,6 +42,7 @@ __all__ = [
     "ScgError",
     "TraceError",
     "Tuned",
+    "VarianceBudget",
     "VerifyError",
     "autotune",
     "compare",
@@ -55,4 +56,5 @@ __all__ = [
     "opaque",
     "sample",
     "trace",
+    "variance_budget",
 ]

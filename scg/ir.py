@@ -351,6 +351,8 @@ class CreditEdge:
     """Per element dim of the site: every cost element sees all of it."""
     words: tuple[str, ...]
     """Per element dim of the site, for people: ``tied``, ``banded``, ``mixed`` or ``boxes``."""
+    share: float = 1.0
+    """How much of the cost is credited; other than all of it only where its part of the gradient is measured."""
     lo: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
     """Where neither tied nor mixed says it all: first site index per cost element, one tensor a site dim."""
     hi: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)

@@ -174,19 +174,21 @@ class CompiledModule(nn.Module):
             enumerate_limit=options.enumerate_limit,
         )
         graph = run_passes(graph, insert, options.credit)
+        return graph, self._lower(graph, args, kwargs)
+
+    def _lower(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch_module.Program:
         states = make_states(graph, self.estimators)
         self._load_pending()
-        program = torch_module.build(
+        return torch_module.build(
             graph,
             _tensors(args, kwargs),
             self._live(graph),
             states,
             training=self.training and not self._frozen,
             learning=torch.is_grad_enabled(),
-            debug=options.debug,
-            order=options.order,
+            debug=self.options.debug,
+            order=self.options.order,
         )
-        return graph, program
 
     def _bind(self, graph: Graph, program: torch_module.Program, *, any_batch: bool = False) -> _Bound:
         run = program.module.forward

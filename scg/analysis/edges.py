@@ -24,8 +24,8 @@ def element_edge(site: Sample, value: str, relation: Relation) -> CreditEdge:
     simple = all(whole or axis is not None for whole, axis in zip(mixed, axes, strict=True)) and not bool(
         relation.empty.any()
     )
-    bounds = {} if simple else {"lo": relation.lo, "hi": relation.hi}
-    return CreditEdge(site.name, value, tuple(axes), tuple(mixed), tuple(words), **bounds)
+    lo, hi = ((), ()) if simple else (relation.lo, relation.hi)
+    return CreditEdge(site.name, value, tuple(axes), tuple(mixed), tuple(words), lo=lo, hi=hi)
 
 
 def coarse_edge(site: Sample, value: str) -> CreditEdge:

@@ -1,7 +1,18 @@
-"""Measuring estimators: is it right (`gradcheck`), which is best (`compare`), choose for me (`autotune`)."""
+"""Measuring estimators: is it right (`gradcheck`), which is best (`compare`), choose for me (`autotune`),
+where the variance is (`variance_budget`)."""
 
+from scg.measure.budget import VarianceBudget, variance_budget
 from scg.measure.check import GradientCheck, gradcheck
 from scg.measure.comparison import Comparison, compare
 from scg.measure.tuning import Tuned, autotune
 
-__all__ = ["Comparison", "GradientCheck", "Tuned", "autotune", "compare", "gradcheck"]
+__all__ = [
+    "Comparison",
+    "GradientCheck",
+    "Tuned",
+    "VarianceBudget",
+    "autotune",
+    "compare",
+    "gradcheck",
+    "variance_budget",
+]
