@@ -23,7 +23,17 @@ from scg.errors import (
 from scg.estimators import ESTIMATORS
 from scg.exact import exact
 from scg.ir import Graph
-from scg.measure import Comparison, GradientCheck, Tuned, VarianceBudget, autotune, compare, gradcheck, variance_budget
+from scg.measure import (
+    Comparison,
+    GradientCheck,
+    Monitor,
+    Tuned,
+    VarianceBudget,
+    autotune,
+    compare,
+    gradcheck,
+    variance_budget,
+)
 from scg.pipeline import CompiledModule, compile, trace
 from scg.primitives import cost, depends, multisample, opaque, sample
 
@@ -38,6 +48,7 @@ __all__ = [
     "GradientCheck",
     "Graph",
     "LoweringError",
+    "Monitor",
     "RetraceWarning",
     "ScgError",
     "TraceError",

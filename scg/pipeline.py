@@ -190,6 +190,10 @@ class CompiledModule(nn.Module):
             order=self.options.order,
         )
 
+    def variant(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
+        """A rewritten graph of this module as a program beside its own, to be called with ``(args, kwargs)``."""
+        return self._bind(graph, self._lower(graph, args, kwargs))
+
     def _bind(self, graph: Graph, program: torch_module.Program, *, any_batch: bool = False) -> _Bound:
         run = program.module.forward
         if self.options.backend == "inductor":

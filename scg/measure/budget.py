@@ -91,7 +91,7 @@ def variance_budget(compiled: CompiledModule, *args: Any, n: int = 200, seed: in
             groups.setdefault((site, node.label), set()).add((site, cost))
     with untouched(compiled, seed=seed), compiled.frozen():
         runs = [
-            compiled._bind(variant, compiled._lower(variant, args, kwargs))
+            compiled.variant(variant, args, kwargs)
             for variant in (graph, *(only(graph, kept) for kept in (set(), *groups.values())))
         ]
 
