@@ -25,6 +25,8 @@ class Expectation:
         self.graph, self.found, self.dims = graph, found, dims
         self.weights: dict[str, Batched] = {}
         """Probabilities of the rows of enumerated sites, ``[*dims, R | *elements]``, size 1 along joined dims."""
+        self.log_weights: dict[str, Batched] = {}
+        """Their logarithms."""
         self._joints: dict[Any, Batched] = {}
         """Joint probabilities of enumerated rows, by sites and by the elements they are met with."""
 
@@ -33,6 +35,7 @@ class Expectation:
         other = copy.copy(self)
         other.dims, other._joints = dims, {}
         other.weights = {name: stop_gradient(weight) for name, weight in self.weights.items()}
+        other.log_weights = {name: stop_gradient(weight) for name, weight in self.log_weights.items()}
         return other
 
     def forget(self) -> None:

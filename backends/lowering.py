@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, OneHotCategorical, TransformedDistribution
 from torch.distributions.constraints import Constraint
 
+from scg.analysis.factors import elimination_plan
 from scg.analysis.influence import Influence
 from scg.analysis.support import finite_support
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape, stop_gradient
 from scg.backends.coefficients import Coefficient, CoefficientRule
 from scg.backends.draw_call import LOOPS, DrawCall
+from scg.backends.elimination import log_marginal
 from scg.backends.expectation import Expectation
 from scg.backends.multisample import leave_one_out_gain, multisample_bound
 from scg.backends.opaque_call import OpaqueCall
@@ -52,6 +54,7 @@ from scg.ir import (
     Graph,
     Input,
     LogProb,
+    Marginal,
     Node,
     Op,
     Opaque,
@@ -104,6 +107,8 @@ class Interpreter:
         self.bounds: dict[str, Batched] = {}
         """Negative log weights of the draws that multi-sample bounds join, by bound."""
         self.expectation = Expectation(graph, found, self.dims)
+        self._outcomes: dict[Any, Tensor] = {}
+        """Tables of outcomes made so far: the steps of a chain share one."""
         self.reruns = 0
         """How many reruns were made of it and of what it was made from."""
         self.rerunning = False
@@ -173,6 +178,8 @@ class Interpreter:
                 self.env[node.name] = self.env[node.value]
             case Bound():
                 self.env[node.name] = self._bound(node)
+            case Marginal():
+                self.env[node.name] = self._marginal(node)
             case _:
                 raise LoweringError(f"%{node.name}: no lowering for a {node.kind} node")
 
@@ -315,7 +322,12 @@ class Interpreter:
             outcomes = support[rows.reshape([-1, *placed])]  # [R, *elements or 1, *E]
             return outcomes.to(device=site.tensor.device, dtype=site.tensor.dtype).contiguous()
 
-        outcomes = record_constant(make)
+        with compile_time():
+            known = (support.dtype, support.shape, support.numpy().tobytes())
+        key = (tuple(placed), joined, event, known, site.tensor.device, site.tensor.dtype)
+        if key not in self._outcomes:
+            self._outcomes[key] = record_constant(make)
+        outcomes = self._outcomes[key]
         value = Batched(outcomes.expand([-1, *shape]), (site.name,))
         log_p = self._log_prob(site.dist, value, "")  # [*dims, R | *elements]
         self._check(site, self.distribution(site.dist, self._param_dims(site.dist)))
@@ -323,6 +335,7 @@ class Interpreter:
         full = log_p.tensor.expand([*log_p.tensor.shape[:lead], *elements]) if log_p.shape != elements else log_p.tensor
         if joined:
             full = full.sum([lead + dim for dim in joined], keepdim=True)
+        self.expectation.log_weights[site.name] = Batched(full, log_p.dims)
         self.expectation.weights[site.name] = Batched(full.exp(), log_p.dims)
         return value
 
@@ -410,6 +423,13 @@ class Interpreter:
         axis = value.dims.index(SAMPLES)
         self.bounds[node.name] = value
         return Batched(multisample_bound(value.tensor, axis, node.alpha), tuple(d for d in value.dims if d != SAMPLES))
+
+    def _marginal(self, node: Marginal) -> Batched:
+        """The sites summed out in log space; the dims of all others stay."""
+        plan = elimination_plan(self.graph, node, {site.node: self.dims.size(site.node) for site in node.sites})
+        values = [self.env[factor.node] for factor in node.factors]
+        weights = [self.expectation.log_weights[site.node] for site in node.sites]
+        return log_marginal(self.dims, node, values, weights, plan.order)
 
     # -- credit ---------------------------------------------------------------------------------------------------
     def _terms(self, named: Callable[[str], Any]) -> Tensor | None:

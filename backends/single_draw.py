@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from scg.backends.batching import Batched
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.recorder import record_call
-from scg.ir import Bound, Cost, Depends, Dist, LogProb, Node, Op, Opaque, Sample, map_refs
+from scg.ir import Bound, Cost, Depends, Dist, LogProb, Marginal, Node, Op, Opaque, Sample, map_refs
 
 if TYPE_CHECKING:
     from scg.backends.lowering import Interpreter
@@ -62,8 +63,24 @@ class SingleDraw:
                 plain = map_refs(lambda ref: self.env[ref].tensor, tuple(node.args))
                 out = record_call(OpaqueCall(node, (), tuple(False for _ in plain)), *plain)
                 self.env[node.name] = Batched(out) if isinstance(out, Tensor) else tuple(Batched(o) for o in out)
+            case Marginal():
+                self.env[node.name] = self._marginal(node)
             case Cost() | Depends() | Bound():
                 self.env[node.name] = self.env[node.value]
+
+    def _marginal(self, node: Marginal) -> Batched:
+        """What it sums over has all its rows still, given the draw of everything else."""
+        run = copy.copy(self.of)
+        run.env, run.params = dict(self.env), dict(self.params)
+        run.expectation = run.expectation.beside(run.dims)
+        above = run.graph.ancestors([node.name])
+        rows = {str(site.node) for site in node.sites}
+        for other in run.graph:
+            if other.name in above and (other.name in rows or not rows.isdisjoint(other.inputs)):
+                run.evaluate(other)
+                rows.add(other.name)
+        found: Batched = run.env[node.name]
+        return found
 
     def _row(self, value: Any) -> Any:
         """Row 0 of every i.i.d. dim; None where enumerated rows are among them."""

@@ -16,7 +16,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from scg.ir import Bound, Cost, Depends, Dist, Graph, Input, LogProb, Node, Op, Opaque, Param, Sample, TensorType
+from scg.ir import (
+    Bound,
+    Cost,
+    Depends,
+    Dist,
+    Graph,
+    Input,
+    LogProb,
+    Marginal,
+    Node,
+    Op,
+    Opaque,
+    Param,
+    Sample,
+    TensorType,
+)
 from scg.report import estimator_texts, objective_text
 
 Kind = Literal["site", "cost", "block", "opaque", "value"]
@@ -30,7 +45,7 @@ _MOVES = frozenset(
 )
 """Operations that only move data: left out of a block's summary where others are there to name."""
 
-_BLOCK = (Op, LogProb, Depends, Bound)
+_BLOCK = (Op, LogProb, Depends, Bound, Marginal)
 """The kinds of nodes that deterministic blocks are made of."""
 
 _MOST = 20

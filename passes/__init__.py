@@ -13,6 +13,7 @@ from scg.passes.index_to_one_hot import index_to_one_hot
 from scg.passes.insert_estimators import InsertEstimators
 from scg.passes.normalize import normalize
 from scg.passes.split_costs import split_costs
+from scg.passes.split_marginals import split_marginals
 
 Pass = Callable[[Graph], Graph]
 
@@ -35,6 +36,7 @@ def pipeline(insert: InsertEstimators, credit: str = "element") -> tuple[tuple[s
     return (
         ("normalize", normalize),
         ("index_to_one_hot", one_hot),
+        ("split_marginals", split_marginals),
         ("check_gradients", check),
         ("split_costs", split),
         ("assign_credit", assign),

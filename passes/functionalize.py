@@ -36,6 +36,7 @@ from scg.ir import (
     Dist,
     Graph,
     Input,
+    Marginal,
     Node,
     Op,
     Param,
@@ -224,7 +225,7 @@ class _Functionalizer:
         """The node's value without its data: shape, strides and memory as they will be."""
         if isinstance(node, Param):
             return self.mode.from_tensor(self.graph.tensors[node.path])
-        if isinstance(node, (Bound, Cost, Depends, Sample)) and node.value is not None:
+        if isinstance(node, (Bound, Cost, Depends, Marginal, Sample)) and node.value is not None:
             return self.fakes[node.value]
         if isinstance(node, Op) and self.counters is None:
             try:

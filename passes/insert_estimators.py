@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scg.analysis.factors import elimination_plan
 from scg.analysis.influence import Influence, influence
 from scg.analysis.smoothness import Smoothness, smoothness
 from scg.analysis.support import finite_support, moving_bound
@@ -24,7 +25,7 @@ from scg.estimators.base import EnumeratingEstimator, SiteInfo
 from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, meeting, own_dims, rerun_break
 from scg.estimators.score_function import ScoreFunction
-from scg.ir import Bound, Cost, Depends, Dist, Graph, Input, LogProb, Node, Op, Param, Sample, TensorType
+from scg.ir import Bound, Cost, Depends, Dist, Graph, Input, LogProb, Marginal, Node, Op, Param, Sample, TensorType
 from scg.operations import is_linear
 
 ENUMERATE_LIMIT = 32
@@ -60,6 +61,7 @@ class InsertEstimators:
                 raise EstimatorError(f"estimators={{{glob!r}: …}} matches no site; sites: {', '.join(names) or 'none'}")
         choice = _Choice(self, graph)
         decided = [choice.decide(site) for site in graph.of(Sample)]
+        choice.check_marginals()
         return annotate_dims(graph.replace(*decided, samples=self.samples))
 
     def request(self, site: Sample) -> tuple[Any, str]:
@@ -80,6 +82,7 @@ class InsertEstimators:
         """What is known of each site that needs an estimator: one with something to learn and a cost to learn from."""
         choice = _Choice(self, graph)
         credited = {site for site, _ in graph.credit}
+        credited -= choice.summed.keys()
         sites = [site for site in graph.of(Sample) if site.name in credited and not site.data and choice.learns(site)]
         return {site.name: choice.info(site) for site in sites}
 
@@ -94,6 +97,8 @@ class _Choice:
         self._costs_of: dict[str, list[str]] = {}
         for name, cost in graph.credit:
             self._costs_of.setdefault(name, []).append(cost)
+        self.summed = {str(site.node): node for node in graph.of(Marginal) for site in node.sites}
+        """Sites inside of a marginal likelihood, and which."""
         self.rows: dict[str, int] = {}
         """Of each site enumerated so far."""
 
@@ -102,6 +107,8 @@ class _Choice:
         requested, source = options.request(site)
         if site.data:
             return self._set(site, None, "drawn under no_grad: data")
+        if site.name in self.summed:
+            return self._sum_out(site, requested, source)
         learns = self.learns(site)
         credited = self._credited(site)
         if not credited and site.value is not None:
@@ -135,6 +142,33 @@ class _Choice:
         if not learns:
             return self._set(site, None, "no parameter to learn: exogenous noise")
         return self._auto(site, info)
+
+    def _sum_out(self, site: Sample, requested: Any, source: str) -> Sample:
+        """A site inside of a marginal likelihood: a logarithm of draws would be another objective."""
+        where = f"logmarginal ({self.summed[site.name].loc})"
+        explicit, info = get_estimator(requested), self.info(site)
+        if explicit is not None and not isinstance(explicit, EnumeratingEstimator) and source != "default":
+            raise self._misfit(site, explicit, f"{where} sums over it", info)
+        estimator = explicit if isinstance(explicit, EnumeratingEstimator) else ESTIMATORS["enumerate"]()
+        fits = estimator.check(info)
+        if not fits:
+            raise EstimatorError(
+                f"%{site.name} (sample {info.family}, {site.loc}) cannot be summed over by {where}: {fits.reason}.\n"
+                f"  Name the sites to sum over with over=…, or use scg.multisample with draws."
+            )
+        return self._set(site, estimator, f"summed out in {where}")
+
+    def check_marginals(self) -> None:
+        """Refuses a marginal likelihood whose sites cannot be summed out within the limit on rows."""
+        limit = ESTIMATORS["enumerate"]().limit  # type: ignore[attr-defined]
+        for node in self.graph.of(Marginal):
+            plan = elimination_plan(self.graph, node, {site.node: self.rows[site.node] for site in node.sites})
+            if plan.table > limit:
+                raise EstimatorError(
+                    f"logmarginal ({node.loc}) would need a table of {plan.table:,} rows, over {limit:,}: "
+                    f"{plan.width + 1} of its {len(plan.order)} sites meet at once, however they are ordered.\n"
+                    f"  Write the likelihood as a sum of terms that see fewer of them, or use scg.multisample."
+                )
 
     def _auto(self, site: Sample, info: SiteInfo) -> Sample:
         reparam, enumerate_, score = ESTIMATORS["reparam"](), ESTIMATORS["enumerate"](), ScoreFunction()
@@ -345,6 +379,9 @@ def annotate_dims(graph: Graph) -> Graph:
             order[node.name] = index
             own = own_dims(node, graph.samples)
         inherited = {dim for ref in node.inputs for dim in dims[ref]}
+        if isinstance(node, Marginal):
+            inherited |= {dim for site in node.sites for dim in dims[graph[site.node].inputs[0]]}
+            inherited -= {str(site.node) for site in node.sites}
         if isinstance(node, Sample) and isinstance(node.estimator, EnumeratingEstimator):
             inherited = set()  # the parameters' dims are those of its probabilities
         found = tuple(sorted(inherited | set(own), key=lambda dim: order[dim]))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scg.analysis.influence import Influence, Relation, influence
-from scg.ir import Bound, Cost, Graph, Node, Op, Ref, Sample, TensorType, map_refs
+from scg.ir import Bound, Cost, Graph, Marginal, Node, Op, Ref, Sample, TensorType, map_refs
 from scg.operations import is_linear, lookup
 
 
@@ -71,7 +71,8 @@ class _Split:
             if name in region:
                 node = self.graph[name]
                 operands = self._influenced(node)
-                below = any(self._worth.get(ref, False) or isinstance(self.graph[ref], Bound) for ref in operands)
+                whole = (Bound, Marginal)
+                below = any(self._worth.get(ref, False) or isinstance(self.graph[ref], whole) for ref in operands)
                 self._worth[name] = below or isinstance(node, Cost) or self._loses(node)
         labels: dict[str, Label] = {}
         seen: set[str] = set()

@@ -35,7 +35,7 @@ from scg.measure import (
     variance_budget,
 )
 from scg.pipeline import CompiledModule, compile, trace
-from scg.primitives import cost, depends, multisample, opaque, sample
+from scg.primitives import cost, depends, logmarginal, multisample, opaque, sample
 
 __version__ = "0.1.0"
 
@@ -63,6 +63,7 @@ __all__ = [
     "exact",
     "gradcheck",
     "gradient_samples",
+    "logmarginal",
     "multisample",
     "opaque",
     "sample",

@@ -11,6 +11,7 @@ are not circular. Draws made under ``no_grad`` are data: averaged over, their pr
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 
 from scg.capture import captured
 from scg.errors import EstimatorError, TraceError
+from scg.exact_marginals import Marginals, Seen
 from scg.interception import intercept
 from scg.primitives import OpaqueSpec, handling
 from scg.tracer_frames import user_loc
@@ -74,21 +76,38 @@ def exact_within(
     dtype = torch.get_default_dtype()
     generator = torch.get_rng_state()
     watch: AbstractContextManager[Any] = _NamesOtherNoise()  # type: ignore[no-untyped-call]
-    walk = Walk(most)
-    while walk.more():
-        with kept_state(found.modules.values()), torch.enable_grad():
-            draws = Draws(walk)
-            with draws, watch:
-                loss = objective_of(model(*args, **kwargs))
-            watch = nullcontext()  # it is costly: the first run is enough to name the operation
-            dtype = loss.dtype
-            term = draws.probability() * loss
-            expectation += float(term.detach())
-            if term.requires_grad and params:
-                grads = torch.autograd.grad(term, list(params.values()), allow_unused=True)
-                for path, grad in zip(params, grads, strict=True):
-                    if grad is not None:
-                        gradient[path] += grad
+    marginals = Marginals()
+    together: Tensor | None = None
+
+    def add(term: Tensor) -> None:
+        if term.requires_grad and params:
+            grads = torch.autograd.grad(term, list(params.values()), allow_unused=True)
+            for path, grad in zip(params, grads, strict=True):
+                if grad is not None:
+                    gradient[path] += grad
+
+    while marginals.incomplete:
+        walk = Walk(most)
+        while walk.more():
+            with kept_state(found.modules.values()), torch.enable_grad():
+                draws = Draws(walk, marginals)
+                try:
+                    with draws, watch:
+                        loss = objective_of(model(*args, **kwargs))
+                except Seen:
+                    continue
+                finally:
+                    watch = nullcontext()  # it is costly: the first run is enough to name the operation
+                dtype = loss.dtype
+                term = draws.probability() * loss
+                expectation += float(term.detach())
+                if marginals.known:  # the terms share them
+                    together = term if together is None else together + term
+                else:
+                    add(term)
+        marginals.take()
+    if together is not None:
+        add(together)
     if not torch.equal(generator, torch.get_rng_state()):
         raise EstimatorError("on some outcomes the model draws noise that cannot be summed over.")
     return torch.tensor(expectation, dtype=dtype), {path: gradient[path].to(params[path].dtype) for path in params}
@@ -174,8 +193,13 @@ class Walk:
 class Draws:
     """While active, the draws of this thread follow a `Walk`, and their probabilities are multiplied up."""
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: Walk, marginals: Marginals | None = None) -> None:
         self._walk = walk
+        self._marginals = marginals
+        self._calls = 0
+        self._name: str | None = None
+        self._names: list[str | None] = []  # of each draw, where the program gives one
+        self._outcomes: list[Any] = []
         self._log_probs: list[Tensor] = []
         self._differentiate: bool | None = None  # inside a distribution's own code: what its caller asked for
 
@@ -196,6 +220,7 @@ class Draws:
     def sample(self, dist: Distribution, name: str | None, estimator: Any, value: Tensor | None) -> Tensor:
         if value is not None:
             raise self._replayed(f"site '{name}' replays a value" if name else "a site replays a value")
+        self._name = name
         return dist.sample()
 
     def cost(self, value: Tensor, name: str) -> Tensor:
@@ -206,6 +231,21 @@ class Draws:
 
     def multisample(self, value: Tensor, alpha: float) -> Tensor:
         return value
+
+    def logmarginal(self, value: Tensor, over: tuple[str, ...]) -> Tensor:
+        assert self._marginals is not None, "only `exact` sums over likelihoods"
+        if over and None in self._names:
+            raise EstimatorError(
+                f"logmarginal(over={over!r}), at {user_loc()}: the draws before it need names.\n"
+                "  Write scg.sample(dist, 'name')."
+            )
+        inside = [not over or any(fnmatch.fnmatchcase(str(n), glob) for glob in over) for n in self._names]
+        draws = list(zip(inside, self._outcomes, self._log_probs, strict=True))
+        given = tuple(outcome for within, outcome, _ in draws if not within)
+        summed = tuple(outcome for within, outcome, _ in draws if within)
+        log_p = sum((p for within, _, p in draws if within), start=torch.zeros(()))
+        self._calls += 1
+        return self._marginals.value(self._calls - 1, given, summed, log_p - value, value)
 
     def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not spec.pure:
@@ -279,6 +319,9 @@ class Draws:
             value = value.reshape((*sample_shape, *batch, *dist.event_shape))
         with torch.set_grad_enabled(differentiate), torch._C.DisableTorchFunction():
             self._log_probs.append(dist.log_prob(value).sum())
+            self._outcomes.append(tuple(rows.flatten().tolist()))
+            self._names.append(self._name)
+            self._name = None
         return value
 
 

@@ -13,10 +13,11 @@ One node a line, shapes as ``[sample | batch | event]``::
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -336,6 +337,50 @@ class Bound(Node):
 
     def describe(self) -> str:
         return f"{self.value!r} alpha={self.alpha:g}"
+
+
+class Factor(NamedTuple):
+    """A value or a site as it enters a `Marginal`."""
+
+    node: Ref
+    axes: tuple[int | None, ...]
+    """Per dim of the value, or element dim of the site: the axis of the marginal's index space it runs along."""
+    scale: float = 1.0
+    """What a value is multiplied by in the sum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marginal(Node):
+    """``-log E[exp(-value)]`` over finite sites: each element of ``value`` a marginal of its own.
+
+    Its index space has the dims of the result in front and *plates* behind: dims of sites and values that are summed
+    inside of the logarithm. An axis is None where a dim has size 1, or where a site's rows are joint over it.
+    """
+
+    value: Ref | None
+    """The negative log likelihood; None once it is split into ``factors``."""
+    over: tuple[str, ...] = ()
+    """Globs over the names of the sites that are summed; empty for all."""
+    factors: tuple[Factor, ...] = ()
+    """Values whose scaled sum the likelihood is (set by split_marginals)."""
+    sites: tuple[Factor, ...] = ()
+    """Sites that are summed, in program order (set by split_marginals)."""
+    plates: tuple[int, ...] = ()
+    """Sizes of the plates."""
+
+    _edges = ("value", "factors", "sites")
+    kind = "marginal"
+
+    def sums(self, site: Sample) -> bool:
+        """Is ``site``, should the value depend on it, summed over?"""
+        named = not self.over or any(fnmatch.fnmatchcase(site.name, glob) for glob in self.over)
+        return named and not site.data and site.value is None
+
+    def describe(self) -> str:
+        if self.value is not None:
+            return f"-log E exp(-{self.value!r})"
+        terms = " + ".join(f"{'' if f.scale == 1 else f'{f.scale:g} '}{f.node!r}" for f in self.factors)
+        return f"-log E exp(-({terms})) over {', '.join(site.node for site in self.sites)}"
 
 
 @dataclass(frozen=True)

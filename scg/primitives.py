@@ -1,4 +1,4 @@
-"""What a model may say beyond plain PyTorch: `sample`, `cost`, `depends`, `opaque`.
+"""What a model may say beyond plain PyTorch: `sample`, `cost`, `depends`, `logmarginal`, `multisample`, `opaque`.
 
 Outside a trace each of them does the plain thing. Inside, the handler of the current thread decides (the tracer, or
 whatever replays the model).
@@ -42,6 +42,8 @@ class Handler(Protocol):
     def depends(self, value: Tensor, on: Tensor, dims: tuple[str, ...]) -> Tensor: ...
 
     def multisample(self, value: Tensor, alpha: float) -> Tensor: ...
+
+    def logmarginal(self, value: Tensor, over: tuple[str, ...]) -> Tensor: ...
 
     def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
@@ -114,6 +116,27 @@ def multisample(value: Tensor, objective: str = "iwae", *, alpha: float = 0.0) -
         raise ValueError(f"multisample(alpha={alpha}): below 1 for 'renyi', and 0 for 'iwae'")
     handler = active_handler()
     return value if handler is None else handler.multisample(value, alpha)
+
+
+def logmarginal(value: Tensor, over: str | Sequence[str] | None = None) -> Tensor:
+    r"""Sums finite latents out of a likelihood: ``-log p(x)`` from ``value``, which is ``-log p(x | z)``.
+
+    .. math:: -\log E_z[\exp(-\mathtt{value})]
+
+    The draws that ``value`` is computed from are summed over, exactly, by variable elimination: ``z`` comes from its
+    prior, so that its probability needs no term of its own. Each element of ``value`` is a marginal of its own: keep
+    independent examples apart, and sum or average them afterwards. Differentiable, to any order. Outside `compile` it
+    is ``value``, of which ``-log p(x)`` is a lower bound in expectation.
+
+    Args:
+        value: Negative log likelihood of each example given its latents, ``[*B]``; write it as a sum of terms that
+            each see few latents.
+        over: Globs over the names of the sites to sum over; all that ``value`` depends on by default. Others stay
+            outside of the logarithm, and may not depend on those inside.
+    """
+    globs = (over,) if isinstance(over, str) else tuple(over or ())
+    handler = active_handler()
+    return value if handler is None else handler.logmarginal(value, globs)
 
 
 def depends(value: Tensor, on: Tensor, dims: Sequence[str] = ()) -> Tensor:

@@ -16,10 +16,11 @@ from dataclasses import astuple, dataclass, field
 from itertools import zip_longest
 
 from scg.analysis.contexts import contexts, random_values
+from scg.analysis.factors import elimination_plan
 from scg.estimators.base import EnumeratingEstimator, Estimator, ScoreEstimator
-from scg.estimators.rows import SAMPLES, own_dims
+from scg.estimators.rows import SAMPLES, enumerated_rows, meeting, own_dims
 from scg.estimators.score_function import ScoreFunction
-from scg.ir import Cost, Graph, Sample
+from scg.ir import Cost, Graph, Marginal, Sample
 
 _WRAP = 36
 """Widest cell of the terminal table; longer texts go over several lines."""
@@ -139,6 +140,7 @@ def explain(
         summary["costs"] = ", ".join(
             f"{cost.label} {cost.type}" + (f" ({cost.loc})" if cost.loc else "") for cost in graph.costs.values()
         )
+    summary |= _plans(graph)
     summary["sites"] = str(len(sites))
     summary["samples"] = str(graph.samples)
     rows = tuple(_row(graph, site, evaluations or {}) for site in sites)
@@ -154,6 +156,19 @@ def _contexts(graph: Graph, sites: list[Sample]) -> dict[str, str]:
     values = random_values(graph)
     found = {name: str(contexts(graph, name, values)) for name in scored[:_CONTEXTS]}
     return found if len(scored) <= _CONTEXTS else {**found, "…": f"{len(scored) - _CONTEXTS} more"}
+
+
+def _plans(graph: Graph) -> dict[str, str]:
+    """How the finite sites are summed over, where they are."""
+    if not any(isinstance(site.estimator, EnumeratingEstimator) for site in graph.of(Sample)):
+        return {}
+    rows = enumerated_rows(graph)
+    facts = {}
+    for node in graph.of(Marginal):
+        plan = elimination_plan(graph, node, {site.node: rows[site.node] for site in node.sites})
+        facts[f"{node.name} ({node.loc})" if node.loc else node.name] = str(plan)
+    facts["enumeration"] = str(meeting(graph, rows))
+    return facts
 
 
 def _row(graph: Graph, site: Sample, evaluations: Mapping[str, int]) -> Row:

@@ -172,6 +172,9 @@ class _Shapes:
     def depends(self, value: Tensor, on: Tensor, dims: tuple[str, ...]) -> Tensor:
         return value
 
+    def logmarginal(self, value: Tensor, over: tuple[str, ...]) -> Tensor:
+        return value
+
     def multisample(self, value: Tensor, alpha: float) -> Tensor:
         return value
 

@@ -89,7 +89,7 @@ class Converter:
             fields["label"] = self.names[node]
         place = {"loc": fact.loc, "scope": fact.scope, "variable": fact.variable}
         ref = self._add(kind(name=self.names[node], type=type_, **place, **fields))
-        if fact.no_grad and kind in (ir.LogProb, ir.Op, ir.Cost, ir.Depends, ir.Bound):
+        if fact.no_grad and kind in (ir.LogProb, ir.Op, ir.Cost, ir.Depends, ir.Bound, ir.Marginal):
             return self._detached_ref(ref, fact)
         return ref
 

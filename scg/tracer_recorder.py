@@ -286,6 +286,13 @@ class Recorder(TorchFunctionMode):
         self.emit(ir.Bound, {"value": self.node_of(value), "alpha": alpha}, fake, "bound")
         return fake
 
+    def logmarginal(self, value: Tensor, over: tuple[str, ...]) -> Tensor:
+        value = self.lift(value)
+        with self._quiet():
+            fake = value.view_as(value)
+        self.emit(ir.Marginal, {"value": self.node_of(value), "over": over}, fake, "logmarginal")
+        return fake
+
     def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = inspect.signature(spec.fn).bind(*args, **kwargs)
         bound.apply_defaults()

@@ -19,7 +19,7 @@ LAYERS = (
     {"passes"},
     {"backends", "report"},
     {"primitives", "capture", "holder", "tracer"},
-    {"exact"},
+    {"exact", "exact_marginals"},
     {"pipeline", "diagnostics"},
     {"measure"},
     {"cli"},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Normal
 
-from scg.primitives import OpaqueSpec, active_handler, cost, depends, handling, multisample, opaque, sample
+from scg.primitives import OpaqueSpec, active_handler, cost, depends, handling, logmarginal, multisample, opaque, sample
 
 
 def test_outside_a_trace_they_do_the_plain_thing() -> None:
@@ -55,6 +55,10 @@ class Recording:
         self.seen.append(f"multisample {alpha}")
         return value
 
+    def logmarginal(self, value: Tensor, over: tuple[str, ...]) -> Tensor:
+        self.seen.append(f"logmarginal {over}")
+        return value
+
     def opaque(self, spec: OpaqueSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.seen.append(f"opaque {spec.fn.__name__} {spec.batch_dims}")
         return spec.fn(*args, **kwargs)
@@ -68,11 +72,13 @@ def test_a_handler_is_for_its_thread_and_its_block() -> None:
     handler, elsewhere = Recording(), []
     with handling(handler):
         z = sample(Bernoulli(0.5), "z")
-        cost(multisample(depends(step(z), on=z, dims=("mixed",))), "c")
+        cost(logmarginal(multisample(depends(step(z), on=z, dims=("mixed",))), "z*"), "c")
         thread = threading.Thread(target=lambda: elsewhere.append(active_handler()))
         thread.start()
         thread.join()
         with handling(None):
             sample(Bernoulli(0.5), "unseen")
-    assert handler.seen == ["sample z", "opaque step 1", "depends ('mixed',)", "multisample 0.0", "cost c"]
+    assert handler.seen == [
+        "sample z", "opaque step 1", "depends ('mixed',)", "multisample 0.0", "logmarginal ('z*',)", "cost c"
+    ]  # fmt: skip
     assert elsewhere == [None] and active_handler() is None

@@ -35,6 +35,7 @@ from scg.ir import (
     Dist,
     Graph,
     LogProb,
+    Marginal,
     Node,
     Op,
     Opaque,
@@ -314,6 +315,8 @@ class _Analysis:
                 return self._op(node)
             case Cost() | Bound():
                 return self.states.get(node.value, ())
+            case Marginal():
+                return (self._marginal(node),)
             case Dist():
                 return self._through(node, node.params, partial(_dist, node), None)
             case Sample():
@@ -332,6 +335,15 @@ class _Analysis:
                 return self._through(node, refs, partial(_opaque, node, _shapes(node)), None)
             case _:
                 return ()
+
+    def _marginal(self, node: Marginal) -> _States:
+        """What the value reads, but for the sites that are summed."""
+        if node.value is not None:
+            (states,) = self.states.get(node.value, ({},))
+        else:
+            (states,) = self._through(node, node.inputs, partial(_marginal, node), None)
+        summed = sum(self.bits[s.name] for s in self.graph.of(Sample) if s.name in self.bits and node.sums(s))
+        return {relation: left for relation, sites in states.items() if (left := sites & ~summed)}
 
     def _dist(self, ref: Ref) -> Dist:
         dist = self.graph.nodes[ref]
@@ -614,6 +626,21 @@ def _depends(node: Depends, depths: Mapping[Ref, Tensor]) -> Depths:
         if any(n != 1 for n in x.shape[shared:]):
             raise Unknown("dims named beyond those that value has")
         parts.append(rules.put_left(x.reshape(x.shape[:shared]), shape))
+    return [rules.join(parts, shape)]
+
+
+def _marginal(node: Marginal, depths: Mapping[Ref, Tensor]) -> Depths:
+    """What the values and the sites' parameters read, plates joined."""
+    shape = node.tensor.shape
+    parts = []
+    for factor in (*node.factors, *node.sites):
+        if factor.node in depths:
+            x = depths[factor.node]
+            kept = {axis: dim for dim, axis in enumerate(factor.axes) if axis is not None and axis < len(shape)}
+            x = rules.squash(x, [dim for dim in range(x.ndim) if dim not in kept.values()])
+            x = x.permute([*(kept[axis] for axis in sorted(kept)), *set(range(x.ndim)).difference(kept.values())])
+            sizes = iter(x.shape)
+            parts.append(x.reshape([next(sizes) if axis in kept else 1 for axis in range(len(shape))]))
     return [rules.join(parts, shape)]
 
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from scg.analysis.influence import Influence
+from scg.analysis.influence import Influence, influence
+from scg.analysis.support import finite_support
 from scg.estimators.base import EnumeratingEstimator, RowEstimator, ScoreEstimator
-from scg.ir import Cost, Depends, Graph, Opaque, Sample
+from scg.ir import Cost, Depends, Dist, Graph, Marginal, Opaque, Sample
 
 SAMPLES = "K"
 """Name of the sample dim of ``samples=K``."""
@@ -21,6 +22,22 @@ def enumeration_rows(graph: Graph, found: Influence, site: Sample, support: int)
     return int(support ** math.prod(shape[dim] for dim in joined))
 
 
+def enumerated_rows(graph: Graph) -> dict[str, int]:
+    """How many rows each enumerated site has."""
+    sites = [site for site in graph.of(Sample) if _enumerated(site)]
+    if not sites:
+        return {}
+    found = influence(graph, [node.name for node in graph.of(Sample)])
+    rows = {}
+    for site in sites:
+        dist = graph[site.dist]
+        assert isinstance(dist, Dist)
+        support = finite_support(graph, dist)
+        assert support is not None
+        rows[site.name] = enumeration_rows(graph, found, site, len(support))
+    return rows
+
+
 @dataclass(frozen=True)
 class Meeting:
     """How many outcomes of enumerated sites stand side by side."""
@@ -31,6 +48,10 @@ class Meeting:
     """Most in any table of joint probabilities."""
     node: str
     """Where the most rows meet."""
+
+    def __str__(self) -> str:
+        where = f" at %{self.node}" if self.node else ""
+        return f"at most {self.rows:,} rows meet{where}, tables of up to {self.table:,} joint probabilities"
 
 
 def meeting(graph: Graph, rows: Mapping[str, int]) -> Meeting:
@@ -53,6 +74,8 @@ def meeting(graph: Graph, rows: Mapping[str, int]) -> Meeting:
     most, where = 1, ""
     for node in graph:
         carried: frozenset[str] = frozenset().union(*(values[ref] for ref in node.inputs))
+        if isinstance(node, Marginal):
+            carried -= {str(site.node) for site in node.sites}
         if node.name in rows:
             parents[node.name], carried = carried, frozenset([node.name])
         values[node.name] = frozenset() if node.name in graph.tail else carried
@@ -79,7 +102,8 @@ def joined_dims(graph: Graph, found: Influence, site: Sample) -> tuple[int, ...]
     ndim = site.tensor.ndim - site.tensor.event_ndim
     wide = {dim for dim in range(ndim) if site.tensor.shape[dim] > 1}
     coarse = isinstance(site.estimator, ScoreEstimator)
-    joined: set[int] = set()
+    summed = {str(other.node): axes for node in graph.of(Marginal) for other in node.sites for axes in [other.axes]}
+    joined = {dim for dim in wide if site.name in summed and summed[site.name][dim] is None}
     for node in graph.of(Cost, Sample):
         if joined == wide:
             break
@@ -87,7 +111,8 @@ def joined_dims(graph: Graph, found: Influence, site: Sample) -> tuple[int, ...]
         if node.name == site.name or relation is None:
             continue
         # an inner draw of which some elements see no element of this site could not say with which one it is weighted
-        if isinstance(node, Sample) and not _enumerated(node) and bool(relation.empty.any()):
+        drawn = isinstance(node, Sample) and not _enumerated(node) and node.name not in summed
+        if drawn and bool(relation.empty.any()):
             joined = wide
             break
         joined |= {dim for dim in wide - joined if not relation.pointlike(dim)}

@@ -1,0 +1,197 @@
+"""Sums of products in log space: factors become messages, one variable at a time.
+
+    a_t(z_t)     = log p(x_t | z_t) + m_t(z_t)
+    m_t+1(z_t+1) = log sum_z_t exp(a_t(z_t) - c_t) p(z_t+1 | z_t),     c_t = max a_t, added up on its own
+
+A sum of two tables that share just the variable to be summed is one matrix product of their exponentials, shifted by
+their maxima: what lies more than 87 nats (708 in float64) below the largest term of such a sum counts as impossible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scg.analysis.factors import plates_of, summed_along
+from scg.backends.batching import Batched, SampleDims, stop_gradient
+from scg.backends.terms import MANY
+from scg.ir import Marginal
+
+
+def log_marginal(
+    dims: SampleDims, node: Marginal, values: Sequence[Batched], weights: Sequence[Batched], order: Sequence[str]
+) -> Batched:
+    """The value of ``node``: ``-log sum_z p(z) exp(-sum of scaled values)``, ``[*dims of other sites | *B]``.
+
+    Args:
+        dims: the program's sample dims.
+        node: split into factors.
+        values: of its factors, ``[*dims | *S]``.
+        weights: log probabilities of its sites' rows, ``[*dims, R | *elements]``, size 1 along joined elements.
+        order: in which its sites are summed out.
+    """
+    shape = node.tensor.shape
+    ndim = len(shape) + len(node.plates)
+    factors = []
+    for factor, value in zip(node.factors, values, strict=True):
+        tensor = summed_along(value.tensor, factor.axes, ndim, lead=len(value.dims))
+        tensor = tensor if factor.scale == -1.0 else tensor * -factor.scale
+        factors.append(LogFactor(Batched(tensor, value.dims)))
+    for site, weight in zip(node.sites, weights, strict=True):
+        tensor = summed_along(weight.tensor, site.axes, ndim, lead=len(weight.dims))
+        factors.append(LogFactor(Batched(tensor, weight.dims), bounded=True))
+    found = Elimination(dims, plates_of(node), factors)(order)
+    lead = found.tensor.shape[: len(found.dims)]
+    total = found.tensor.reshape([*lead, *found.shape[: len(shape)]]).expand([*lead, *shape])
+    return Batched(-total, found.dims)
+
+
+@dataclass(frozen=True)
+class LogFactor:
+    """A table of logarithms ``[*dims | *index space]``, of size 1 along axes where it does not vary."""
+
+    value: Batched
+    bounded: bool = False
+    """Whether its entries are log probabilities: at most zero, and not all far below."""
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return self.value.dims
+
+
+class Elimination:
+    """Sums sites out of a product of factors.
+
+    Args:
+        dims: the program's sample dims.
+        inside: the plates that each site to be summed stands in.
+        factors: of the whole product.
+    """
+
+    def __init__(self, dims: SampleDims, inside: Mapping[str, frozenset[int]], factors: Sequence[LogFactor]) -> None:
+        self.dims, self.inside = dims, inside
+        self.plates = frozenset().union(*inside.values())
+        self.factors = [self._multiplied_up(factor) for factor in factors]
+
+    def __call__(self, order: Sequence[str]) -> Batched:
+        """The logarithm of the product summed over the sites in ``order``."""
+        for name in order:
+            group = [factor for factor in self.factors if name in factor.dims]
+            rest = [factor for factor in self.factors if name not in factor.dims]
+            self.factors = rest + [self._multiplied_up(factor) for factor in self._sum_out(name, group)]
+        return self._sum(self.factors)
+
+    def _multiplied_up(self, factor: LogFactor) -> LogFactor:
+        """``factor`` multiplied up over the plates that none of its sites stands in."""
+        held = frozenset().union(*(self.inside.get(name, frozenset()) for name in factor.dims))
+        value = factor.value
+        lead = len(value.dims)
+        gone = [lead + axis for axis in sorted(self.plates - held) if value.shape[axis] > 1]
+        return LogFactor(Batched(value.tensor.sum(gone, keepdim=True), value.dims)) if gone else factor
+
+    def _sum_out(self, name: str, group: Sequence[LogFactor]) -> list[LogFactor]:
+        beyond = [{dim for dim in factor.dims if dim in self.inside and dim != name} for factor in group]
+        for widest in sorted(filter(None, beyond), key=len, reverse=True):
+            right = [factor for factor, rows in zip(group, beyond, strict=True) if rows and rows <= widest]
+            left = [factor for factor, rows in zip(group, beyond, strict=True) if not rows or not rows <= widest]
+            if left and not widest.intersection(*[{dim for factor in left for dim in factor.dims}]):
+                bounded = all(factor.bounded for factor in right)
+                return self._product(name, self._sum(left), LogFactor(self._sum(right), bounded), widest)
+        return self._summed(name, self._sum(group))
+
+    def _summed(self, name: str, table: Batched) -> list[LogFactor]:
+        """``log sum exp`` over the rows of ``name``."""
+        shifted, shift = self._shifted(table, name)
+        axis = table.dims.index(name)
+        left = tuple(dim for dim in table.dims if dim != name)
+        return [LogFactor(Batched(_log(shifted.tensor.exp().sum(axis)), left)), LogFactor(shift)]
+
+    def _product(self, name: str, left: Batched, right: LogFactor, rows: set[str]) -> list[LogFactor]:
+        """As a matrix product ``[right's rows, name] @ [name, left's rows | index space]``."""
+        shifted, shift = self._shifted(left, name)
+        found = [LogFactor(shift)]
+        table = right.value
+        if not right.bounded:
+            table, top = self._shifted(table, name)
+            found.append(LogFactor(top))
+        new = self.dims.union(tuple(rows))
+        if set(table.dims) == {name, *rows} and all(size == 1 for size in table.shape):
+            matrix = _arranged(table.tensor.exp().reshape(self.dims.sizes(table.dims)), table.dims, (*new, name))
+            others = tuple(dim for dim in shifted.dims if dim != name)
+            columns = _arranged(shifted.tensor.exp(), shifted.dims, (name, *others))
+            product = matrix.reshape([-1, matrix.shape[-1]]) @ columns.reshape([columns.shape[0], -1])
+            product = product.reshape([*self.dims.sizes(new), *columns.shape[1:]])
+        else:
+            others = tuple(dim for dim in self.dims.union(shifted.dims, table.dims) if dim not in {name, *rows})
+            product = self._batched_product(name, shifted, table, others, new)
+        dims = (*new, *others)
+        laid_out = self.dims.union(dims)
+        return [LogFactor(Batched(_log(_arranged(product, dims, laid_out)), laid_out)), *found]
+
+    def _batched_product(
+        self, name: str, left: Batched, right: Batched, others: tuple[str, ...], new: tuple[str, ...]
+    ) -> Tensor:
+        """A matrix product for each of the other rows and each index: ``[*new, *others | *index space]``."""
+        left, right = (_placed(value, (*others, *new, name), self.dims) for value in (left, right))
+        lead, inner = len(others), len(new) + 1
+        ndim = left.tensor.dim()
+        order = [*range(lead), *range(lead + inner, ndim), *range(lead, lead + inner)]
+        u, w = (value.tensor.permute(order).exp() for value in (left, right))  # [*others, *index space, *new, name]
+        u = u.flatten(-inner, -2) if inner > 2 else u
+        w = w.flatten(-inner, -2) if inner > 2 else w
+        found = (w @ u.transpose(-1, -2)).squeeze(-1)  # [*others, *index space, new]
+        found = found.reshape([*found.shape[:-1], *self.dims.sizes(new)])
+        space = ndim - lead - inner
+        return found.permute([*range(lead + space, lead + space + len(new)), *range(lead + space)])
+
+    def _shifted(self, table: Batched, name: str) -> tuple[Batched, Batched]:
+        """``table`` less its maximum over the rows of ``name``, and that maximum."""
+        axis = table.dims.index(name)
+        top = stop_gradient(table).tensor.amax(axis, keepdim=axis > 0)
+        top = top.clamp(min=torch.finfo(top.dtype).min)  # all impossible: -inf - -inf
+        shifted = Batched(table.tensor - top, table.dims)
+        return shifted, Batched(top.squeeze(axis) if axis > 0 else top, tuple(d for d in table.dims if d != name))
+
+    def _sum(self, factors: Sequence[LogFactor]) -> Batched:
+        """The sum of tables, many of one shape in one call."""
+        groups: dict[tuple[tuple[str, ...], torch.Size], list[Tensor]] = {}
+        for factor in factors:
+            groups.setdefault((factor.dims, factor.value.tensor.shape), []).append(factor.value.tensor)
+        total: Batched | None = None
+        for (dims, _), tensors in groups.items():
+            if len(tensors) >= MANY:
+                tensors = [torch.stack(tensors).sum(0)]
+            for tensor in tensors:
+                total = Batched(tensor, dims) if total is None else self._added(total, Batched(tensor, dims))
+        assert total is not None
+        return total
+
+    def _added(self, a: Batched, b: Batched) -> Batched:
+        dims = self.dims.union(a.dims, b.dims)
+        return Batched(self.dims.align(a, dims) + self.dims.align(b, dims), dims)
+
+
+def _log(total: Tensor) -> Tensor:
+    """The logarithm, of zero -inf with a gradient of zero."""
+    tiny = torch.finfo(total.dtype).tiny
+    return torch.threshold(total.clamp(min=tiny).log(), math.log(tiny) + 1e-3, -math.inf)
+
+
+def _arranged(tensor: Tensor, dims: Sequence[str], order: Sequence[str]) -> Tensor:
+    """``[*dims | …]`` as ``[*order | …]``."""
+    places = [dims.index(name) for name in order]
+    if places == list(range(len(places))):
+        return tensor
+    return tensor.permute([*places, *range(len(places), tensor.dim())])
+
+
+def _placed(value: Batched, dims: Sequence[str], table: SampleDims) -> Batched:
+    """``value`` with the dims ``dims`` in that order, size 1 where it lacks one."""
+    order = tuple(name for name in dims if name in value.dims)
+    tensor = _arranged(value.tensor, value.dims, order)
+    lead = [table.size(name) if name in value.dims else 1 for name in dims]
+    return Batched(tensor.reshape([*lead, *value.shape]), tuple(dims))
