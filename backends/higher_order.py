@@ -18,7 +18,6 @@ from torch import Tensor
 from scg.backends.batching import Batched
 from scg.backends.credit_sums import spread
 from scg.backends.lowering import Interpreter
-from scg.backends.site_context import Context
 from scg.backends.terms import Weighted, total_of
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Sample
@@ -51,21 +50,18 @@ class HigherOrder(Interpreter):
         self.signals = self.make_signals()
         parts: list[Weighted] = []
         for site in self._scored():
-            dims = self.dims.union(self._param_dims(site.dist), self.env[site.name].dims)
-            found = self.signals.of(site, dims)
-            if found is None:
+            context = self.context_of(site)
+            if context is None:
                 continue
-            signal, scale = found
-            context = Context(self, site, dims, signal)
             assert isinstance(site.estimator, ScoreFunction)
             baseline = site.estimator.baseline_value(context)
             if baseline is None:
                 continue
             with named(f"{site.name}_term"):
                 term = (1 - box(context.log_prob)) * baseline.detach()
-                parts.append(self._mean_of_term(term, site, dims, scale))
+                parts.append(self._mean_of_term(term, site, context.dims, context.scale))
                 if context.surrogate is not None:
-                    parts.append(Weighted(context.surrogate, scale))
+                    parts.append(Weighted(context.surrogate, context.scale))
         return total_of(parts)
 
     def _scored(self) -> list[Sample]:

@@ -111,6 +111,9 @@ class Interpreter:
         """Tables of outcomes made so far: the steps of a chain share one."""
         self.reruns = 0
         """How many reruns were made of it and of what it was made from."""
+        self.contexts: dict[str, Context | None] = {}
+        self.memo: dict[Any, Any] = {}
+        """What estimators keep of this run, shared by its sites."""
         self.rerunning = False
         self.kept: tuple[str, ...] = ()
         """Of a rerun: the sample dims of its rows and draws, whose derivatives stay apart."""
@@ -464,13 +467,12 @@ class Interpreter:
         """The site's surrogate as tensors whose sums, each times its factor, make it up."""
         value: Batched = self.env[site.name]
         dims = self.dims.union(self._param_dims(site.dist), value.dims)
-        found = self.signals.of(site, dims)
         bounds = self._bound_terms(site, dims)
-        if found is None:
+        context = self.context_of(site)
+        if context is None:
             return bounds
-        signal, scale = found
+        scale = context.scale
         assert isinstance(site.estimator, ScoreEstimator)
-        context = Context(self, site, dims, signal)
         term = site.estimator.term(context)
         rows = context.row_axis
         if rows is not None and term.dim() > rows and term.dim() >= len(dims):
@@ -478,6 +480,14 @@ class Interpreter:
             term, dims = term.squeeze(rows), tuple(name for name in dims if name != site.name)
         added = [] if context.surrogate is None else [Weighted(context.surrogate, scale)]
         return [self._mean_of_term(term, site, dims, scale), *added, *bounds]
+
+    def context_of(self, site: Sample) -> Context | None:
+        """What the site's estimator sees, made once a run; None where no cost is credited to it."""
+        if site.name not in self.contexts:
+            dims = self.dims.union(self._param_dims(site.dist), self.env[site.name].dims)
+            found = self.signals.of(site, dims)
+            self.contexts[site.name] = None if found is None else Context(self, site, dims, *found)
+        return self.contexts[site.name]
 
     def _mean_of_term(self, term: Tensor, site: Sample, dims: tuple[str, ...], scale: float) -> Weighted:
         """Sum over elements and a rerun's rows and draws, mean over i.i.d. dims, weighted sum over weighted ones."""

@@ -39,7 +39,7 @@ def rerun(run: Interpreter, site: Sample, dims: tuple[str, ...], values: Tensor,
     if not differentiable:
         return Rerun(signal)
     child.expectation.forget()
-    child.signals = child.make_signals()
+    child.signals, child.contexts, child.memo = child.make_signals(), {}, {}
     return Rerun(signal, _total(child, edges, wanted, scale))
 
 
@@ -57,6 +57,7 @@ def evaluated_again(
     child.before_transform = {name: stop_gradient(v) for name, v in run.before_transform.items() if name not in below}
     child.extras = dict(run.extras)
     child.expectation = run.expectation.beside(dims)
+    child.contexts, child.memo = {}, {}
     child.rerunning, child.training, child.kept = True, False, value.dims
     child.env[site.name] = value
     for node in run.graph:

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 
 from scg.backends import runtime
 from scg.backends.batching import Batched
+from scg.backends.cuts import Below, causal_dim, cut_below
 from scg.backends.recorder import compile_time, record_call
 from scg.backends.reruns import rerun
 from scg.backends.single_changes import changed_signal
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 class Context:
     """The backend's `SiteContext`."""
 
-    def __init__(self, interpreter: Interpreter, site: Sample, dims: tuple[str, ...], signal: Tensor) -> None:
-        self._of, self._site, self.dims = interpreter, site, dims
+    def __init__(
+        self, interpreter: Interpreter, site: Sample, dims: tuple[str, ...], signal: Tensor, scale: float = 1.0
+    ) -> None:
+        self._of, self._site, self.dims, self.scale = interpreter, site, dims, scale
+        self.run, self.memo = interpreter, interpreter.memo
         template = interpreter.dist_node(site.dist).template
         support = interpreter.supports.get(site.name)
         self.joined = interpreter.joined[site.name]
@@ -117,6 +121,17 @@ class Context:
                 value: Batched = self._of.env[node.name]
                 found.append(self._of.dims.align(value, self.dims).detach())
         return found
+
+    def next_sites(self) -> list[Below]:
+        found = []
+        for site, edge in cut_below(self._of, self._site):
+            context = self._of.context_of(site)
+            assert context is not None
+            found.append(Below(context, site.estimator.predictor, self, edge))
+        return found
+
+    def causal_dim(self) -> int | None:
+        return causal_dim(self._of, self._site)
 
     def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
         return record_call(InputGradient(differentiable), scalar, wrt)  # type: ignore[no-any-return]

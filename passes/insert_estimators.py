@@ -207,13 +207,13 @@ class _Choice:
         return None
 
     def _check_draws(self, site: Sample, estimator: Estimator) -> None:
-        if not isinstance(estimator, ScoreFunction) or estimator.baseline != "leave_one_out":
+        if not isinstance(estimator, ScoreFunction):
             return
         draws = (1 if site.value is not None else self.options.samples) * (estimator.samples or 1)
-        if draws < 2:
+        if draws < estimator.resolve(draws).draws:
             raise EstimatorError(
-                f"%{site.name} ({site.loc}): the leave_one_out baseline needs two or more draws; give samples=2 to "
-                f"scg.compile or to the estimator, or use baseline='moving_average'"
+                f"%{site.name} ({site.loc}): the {estimator.resolve(draws).name} baseline needs two or more draws; "
+                f"give samples=2 to scg.compile or to the estimator, or use baseline='moving_average'"
             )
 
     def _check_meeting(self, site: Sample, estimator: Estimator, info: SiteInfo) -> None:
@@ -230,6 +230,8 @@ class _Choice:
     def _check_reads(self, site: Sample, estimator: Estimator) -> None:
         """A baseline must not see a consequence of its site."""
         names = estimator.reads()
+        if isinstance(names, str):
+            return  # its sufficient context, found by the same rules
         inputs = {node.path: node.name for node in self.graph.of(Input)}
         wanted = list(inputs.values()) if names is None else [inputs.get(name, name) for name in names]
         above = self.graph.ancestors([site.dist])
@@ -308,7 +310,13 @@ class _Choice:
             joined=joined_dims(self.graph, self.found, site),
             rerun_break=rerun_break(self.graph, site),
             index_use=site.index_use or None,
+            untied=self._untied(site),
         )
+
+    def _untied(self, site: Sample) -> tuple[int, ...]:
+        edges = [edge for (name, _), edge in self.graph.credit.items() if name == site.name]
+        wide = [dim for dim in range(site.tensor.ndim - site.tensor.event_ndim) if site.tensor.shape[dim] > 1]
+        return tuple(dim for dim in wide if any(edge.words[dim] != "tied" for edge in edges))
 
     def _joins(self, site: Sample) -> bool:
         """Does a multi-sample bound over several draws stand between the site and a cost?"""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Normal
 
 import scg
-from scg.estimators.baselines import Learned, MovingAverage
+from scg.estimators.baselines import MovingAverage
+from scg.estimators.learned import Learned
 from scg.estimators.score_function import ScoreFunction
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from scg.errors import EstimatorError
+from scg.estimators.actor_critic import ActorCritic
 from scg.estimators.arm import ARM
 from scg.estimators.arms import ARMS
 from scg.estimators.arsm import ARSM
 from scg.estimators.base import Estimator
 from scg.estimators.bitflip import BitFlip
 from scg.estimators.carms import CARMS
+from scg.estimators.critic import Critic, CriticOnly, GradientCritic
 from scg.estimators.decoupled_st import DecoupledST
 from scg.estimators.disarm import DisARM
 from scg.estimators.double_cv import DoubleCV
@@ -24,6 +26,7 @@ from scg.estimators.local_expectation import LocalExpectation
 from scg.estimators.lookup import near_miss
 from scg.estimators.measure_valued import MeasureValued
 from scg.estimators.muprop import MuProp
+from scg.estimators.nvil import NVIL
 from scg.estimators.reinmax import ReinMax
 from scg.estimators.relax import Rebar, Relax
 from scg.estimators.reparam import Reparam
@@ -42,6 +45,7 @@ GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "Antithetic draws": (DisARM, ARM, ARMS, ARSM, CARMS),
     "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
     "Control variates": (Relax, Rebar, Lax, MuProp, DoubleCV, Rodeo),
+    "Critics": (Critic, ActorCritic, CriticOnly, GradientCritic, NVIL),
     "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),
     "Finite differences": (SPSA,),
 }

@@ -14,9 +14,9 @@ The backend dispatches on these four, never on a name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ class Support:
 
 
 YES = Support(True)
+
+
+Reads = tuple[str, ...] | Literal["baseline", "critic"] | None
+"""Names of graph values, the sufficient context of a baseline or of a critic, or None for all tensor inputs."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,10 @@ class SiteInfo:
     """Of a Categorical: the use of its index that stands against writing it as a one-hot, with the place."""
     rerun_break: str | None = None
     """Why what lies below the site cannot be evaluated at other outcomes, with the place."""
+    context: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Of a site whose estimator reads its sufficient context: names and shapes of the values, the site left out."""
+    untied: tuple[int, ...] = ()
+    """Element dims in which some credited cost sees more than one index or none."""
 
     @property
     def family(self) -> str:
@@ -140,8 +148,13 @@ class Estimator:
         """Whether it brings parameters of its own."""
         return False
 
-    def reads(self) -> tuple[str, ...] | None:
-        """Names of graph values that learned parts read; None for all tensor inputs of the model."""
+    @property
+    def predictor(self) -> Predicts | None:
+        """What predicts the cost-to-go for the targets of sites above, if anything."""
+        return None
+
+    def reads(self) -> Reads:
+        """What learned parts read beside the draw."""
         return ()
 
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...], draws: int) -> nn.Module | None:
@@ -186,6 +199,28 @@ class Rerun:
     """
 
 
+class Predicts(Protocol):
+    """A baseline or an estimator that predicts the cost-to-go."""
+
+    def prediction(self, context: SiteContext) -> Tensor:
+        """For targets, detached.  ``[*dims | *elements]``"""
+
+
+class NextSite(Protocol):
+    """A site in the cut below another."""
+
+    @property
+    def context(self) -> SiteContext:
+        """What the estimator there sees."""
+
+    @property
+    def predictor(self) -> Predicts:
+        """What predicts there."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Sums ``[*its dims | *its elements]`` into the elements above that influence it.  ``[*dims | *elements]``"""
+
+
 class SiteContext(Protocol):
     """What a score-type estimator sees of its site when the surrogate is built.
 
@@ -209,6 +244,8 @@ class SiteContext(Protocol):
     """What `Estimator.make_state` made, to be called as it is."""
     training: bool
     """Whether running statistics may move."""
+    memo: dict[Any, Any]
+    """What estimators keep of one run of the program, shared by its sites."""
 
     @property
     def log_prob(self) -> Tensor:
@@ -271,6 +308,12 @@ class SiteContext(Protocol):
 
     def distribution(self, parameters: Mapping[int, Tensor]) -> Distribution:
         """The distribution at other values of some `parameters`."""
+
+    def next_sites(self) -> Sequence[NextSite]:
+        """A cut below the site: sites that predict, each cost of which is credited to the site and to one of them."""
+
+    def causal_dim(self) -> int | None:
+        """An element dim along which each index is credited with less than the one before it, if there is one."""
 
     def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
         """``d scalar / d wrt`` as a value of the program, itself differentiable if asked.  The shape of ``wrt``"""

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from scg.estimators.base import SiteContext, SiteInfo
+from scg.estimators.base import YES, Reads, SiteContext, SiteInfo, Support
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,21 @@ class Baseline:
     """Base of the built-in baselines."""
 
     name: ClassVar[str] = ""
+    learned: ClassVar[bool] = False
+    """Whether it brings parameters of its own."""
+    evaluations: ClassVar[int] = 0
+    """Further evaluations of what lies below the site."""
+    draws: ClassVar[int] = 1
+    """How many i.i.d. draws of the site it needs."""
+
+    @property
+    def reads(self) -> Reads:
+        """What it reads beside the signal."""
+        return ()
+
+    def check(self, site: SiteInfo) -> Support:
+        """Whether it fits the site."""
+        return YES
 
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...]) -> nn.Module | None:
         """Running or learned parts, owned by the compiled module."""
@@ -46,23 +61,66 @@ class NoBaseline(Baseline):
 
 
 @dataclass(frozen=True)
-class LeaveOneOut(Baseline):
-    r"""The mean signal of the other ``K - 1`` draws, :math:`b_k = \frac{1}{K-1} \sum_{j \ne k} Q_j`.
+class Constant(Baseline):
+    """A number, in the units of the costs before the objective's common coefficient (a mean's ``1 / B``)."""
 
-    Over i.i.d. sample dims only. Mnih and Rezende 2016; Kool, van Hoof and Welling 2019, eq. 8.
+    constant: float = 0.0
+
+    name: ClassVar[str] = "constant"
+
+    def value(self, context: SiteContext) -> Tensor:
+        return torch.full_like(context.signal, self.constant)
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Baseline):
+    r"""The mean signal of the other draws, :math:`b_k = \frac{1}{K-1} \sum_{j \ne k} Q_j`.
+
+    Over the i.i.d. sample dims, or, with ``group``, over an element dim whose draws are independent of each other: the
+    several answers to one prompt of a replayed site. Mnih and Rezende 2016; Kool, van Hoof and Welling 2019, eq. 8.
+
+    Args:
+        group: element dim of the group; every credited cost must be tied to it.
     """
+
+    group: int | None = None
 
     name: ClassVar[str] = "leave_one_out"
 
+    @property
+    def draws(self) -> int:  # type: ignore[override]
+        return 2 if self.group is None else 1
+
+    def check(self, site: SiteInfo) -> Support:
+        return YES if self.group is None else group_fits(site, self.group)
+
     def value(self, context: SiteContext) -> Tensor:
-        count = math.prod(context.signal.shape[i] for i in context.iid)
-        total = context.signal.sum(context.iid, keepdim=True)
+        over, count = group_of(context, self.group)
+        total = context.signal.sum(over, keepdim=True)
         return (total - context.signal) / (count - 1)
 
     def advantage(self, context: SiteContext) -> Tensor:
         # Q_k - b_k = (Q_k - mean) K / (K - 1): one pass less over the signal
-        count = math.prod(context.signal.shape[i] for i in context.iid)
-        return (context.signal - context.signal.mean(context.iid, keepdim=True)) * (count / (count - 1))
+        over, count = group_of(context, self.group)
+        return (context.signal - context.signal.mean(over, keepdim=True)) * (count / (count - 1))
+
+
+def group_fits(site: SiteInfo, group: int) -> Support:
+    """Whether the draws along element dim ``group`` share no cost."""
+    sizes = site.element_shape
+    if not 0 <= group < len(sizes) or sizes[group] < 2:
+        return Support(False, f"group={group} is no element dim of two or more of its elements {list(sizes)}")
+    if group in site.untied:
+        return Support(False, f"dim {group} is no group of independent draws: a cost sees several of them")
+    return YES
+
+
+def group_of(context: SiteContext, group: int | None) -> tuple[tuple[int, ...], int]:
+    """Axes of the signal that run over draws of one law, and how many draws they hold."""
+    if group is None:
+        return context.iid, math.prod(context.signal.shape[axis] for axis in context.iid)
+    axis = context.signal.dim() - len(context.site.element_shape) + group
+    return (axis,), context.signal.shape[axis]
 
 
 @dataclass(frozen=True)
@@ -129,37 +187,3 @@ class RunningMean(nn.Module):
             mean = mean.mean(over, keepdim=True).reshape(self.shape)
         self.total.mul_(self.decay).add_(mean.to(self.total.dtype), alpha=1 - self.decay)
         self.weight.mul_(self.decay).add_(1 - self.decay)
-
-
-@dataclass(frozen=True)
-class Learned(Baseline):
-    r"""A module's prediction of the signal, fitted by least squares in the same ``backward()``.
-
-    NVIL: Mnih and Gregor 2014.
-
-    Its parameters get the gradient of :math:`(Q - b)^2` and nothing else; the model's parameters get none through it.
-
-    Args:
-        module: maps the values it reads to ``[*elements]``, or to ``[*elements, 1]``.
-        inputs: names of graph values it reads, which must not depend on the site; None for all tensor inputs.
-    """
-
-    module: nn.Module
-    inputs: tuple[str, ...] | None = None
-
-    name: ClassVar[str] = "learned"
-
-    def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...]) -> nn.Module:
-        return self.module
-
-    def value(self, context: SiteContext) -> Tensor:
-        predicted: Tensor = context.state(*context.read(self.inputs))
-        elements = len(context.site.element_shape)
-        if predicted.shape[-1:] == (1,) and predicted.dim() > elements:
-            predicted = predicted.squeeze(-1)
-        context.add(((context.signal - predicted) ** 2).mean())
-        return predicted.detach()
-
-
-BASELINES: dict[str, type[Baseline]] = {b.name: b for b in (NoBaseline, MovingAverage, LeaveOneOut)}
-"""Name to class of the built-in baselines."""

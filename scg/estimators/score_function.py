@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from scg.estimators.base import YES, ScoreEstimator, SiteContext, SiteInfo, Support
-from scg.estimators.baselines import BASELINES, Baseline, Learned, LeaveOneOut, MovingAverage, NoBaseline
+from scg.estimators.base import YES, Predicts, Reads, ScoreEstimator, SiteContext, SiteInfo, Support
+from scg.estimators.baseline_names import BASELINES
+from scg.estimators.baselines import Baseline, LeaveOneOut, MovingAverage, NoBaseline
+from scg.estimators.learned import Learned
 from scg.estimators.lookup import near_miss
 
 AUTO = "auto"
@@ -26,8 +28,9 @@ class ScoreFunction(ScoreEstimator):
 
     Args:
         baseline: ``None``, ``"moving_average"``, ``"leave_one_out"`` (needs two or more i.i.d. draws), ``"auto"``
-            (leave-one-out where there are draws enough, else a moving average), a `Baseline` object, or an
-            ``nn.Module`` of the model's tensor inputs (see `Learned`).
+            (leave-one-out where there are draws enough, else a moving average), ``"self_critic"`` (the cost at the
+            mode), ``"optimal_scale"``, ``"learned"``, ``"input_dependent"``, a `Baseline` object, or an ``nn.Module``
+            of the model's tensor inputs (see `Learned`).
     """
 
     baseline: Any = AUTO
@@ -64,13 +67,23 @@ class ScoreFunction(ScoreEstimator):
             return LeaveOneOut() if draws >= 2 else MovingAverage()
         return BASELINES[self.baseline]()
 
+    def check(self, site: SiteInfo) -> Support:
+        return self.supports(site) and self.resolve(1).check(site)
+
+    def evaluations(self, site: SiteInfo) -> int:
+        return (self.samples or 1) * (1 + self.resolve(1).evaluations)
+
     @property
     def learned(self) -> bool:
-        return isinstance(self.resolve(1), Learned)
+        return self.resolve(1).learned
 
-    def reads(self) -> tuple[str, ...] | None:
-        baseline = self.resolve(self.samples or 1)
-        return baseline.inputs if isinstance(baseline, Learned) else ()
+    @property
+    def predictor(self) -> Predicts | None:
+        baseline = self.resolve(1)
+        return baseline if isinstance(baseline, Learned) else None
+
+    def reads(self) -> Reads:
+        return self.resolve(self.samples or 1).reads
 
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...], draws: int) -> nn.Module | None:
         return self.resolve(draws).make_state(site, batch_dims)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from scg.analysis.contexts import contexts
 from scg.analysis.influence import Influence, influence
 from scg.analysis.support import finite_support
 from scg.estimators.base import SiteInfo
 from scg.estimators.rows import joined_dims
-from scg.ir import Dist, Graph, Input, Sample
+from scg.ir import Dist, Graph, Input, Sample, TensorType
 
 
 def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
@@ -31,6 +32,7 @@ def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
                 site.tensor.event_ndim,
                 support=finite_support(graph, dist),
                 joined=joined_dims(graph, found, site),
+                context=context_values(graph, site),
             )
             made = site.estimator.make_state(info, along_batch(site), draws(graph, site))
             if made is None:
@@ -38,6 +40,20 @@ def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
             owner[key] = made
         states[site.name] = owner[key]
     return states
+
+
+def context_values(graph: Graph, site: Sample) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of the sufficient context that the site's estimator asks for, in the graph's order."""
+    reads = site.estimator.reads()
+    if reads not in ("baseline", "critic"):
+        return ()
+    known = contexts(graph, site.name)
+    names = known.baseline if reads == "baseline" else known.critic
+    return tuple(
+        (node.name, node.type.shape)
+        for node in graph
+        if node.name in names and node.name != site.name and isinstance(node.type, TensorType)
+    )
 
 
 def draws(graph: Graph, site: Sample) -> int:

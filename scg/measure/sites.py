@@ -8,7 +8,6 @@ from typing import Any
 
 from scg.estimators import ESTIMATORS, Estimator
 from scg.estimators.base import SiteInfo
-from scg.estimators.baselines import BASELINES
 from scg.estimators.score_function import ScoreFunction
 from scg.measure.draws import original
 from scg.passes import InsertEstimators, pipeline
@@ -16,6 +15,9 @@ from scg.pipeline import CompiledModule, trace
 
 MOST_ROWS = 1024
 """Most rows of downstream costs that a candidate may need: beyond, it is too slow to be worth a try."""
+
+BASELINES = ("none", "moving_average", "leave_one_out", "optimal_scale", "self_critic")
+"""Those that need no training to be worth a try."""
 
 
 def variant(compiled: CompiledModule, **changes: Any) -> CompiledModule:
@@ -36,7 +38,7 @@ def candidates(compiled: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[
 
 
 def every_estimator() -> Iterator[Estimator]:
-    """One of each registered class, the score function once with each built-in baseline."""
+    """One of each registered class, the score function once with each baseline that needs no training."""
     for cls in ESTIMATORS.values():
         if cls is ScoreFunction:
             yield from (ScoreFunction(baseline=name) for name in BASELINES)
@@ -49,8 +51,10 @@ def misfit(estimator: Estimator, info: SiteInfo, samples: int) -> str:
     fits = estimator.check(info)
     if not fits:
         return fits.reason
-    if estimator == ScoreFunction(baseline="leave_one_out") and samples < 2:
-        return "leave_one_out needs two or more draws"
+    if isinstance(estimator, ScoreFunction):
+        baseline = estimator.resolve(samples)
+        if samples < baseline.draws:
+            return f"{baseline.name} needs two or more draws"
     rows = estimator.evaluations(info)
     return f"it needs {rows:.3g} rows, over {MOST_ROWS}" if rows > MOST_ROWS else ""
 

@@ -14,7 +14,7 @@ from torch.distributions import Bernoulli, Normal
 import scg
 from scg.analysis.contexts import RandomValues, contexts_of
 from scg.errors import EstimatorError
-from scg.estimators.baselines import Learned
+from scg.estimators.learned import Learned
 from scg.estimators.score_function import ScoreFunction
 
 Edges = set[tuple[str, str]]

@@ -1,0 +1,377 @@
+"""Baselines, critics and bootstrapped targets: unbiased where they say so, else equal to their own defined target."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Normal
+
+import scg
+from scg.estimators.actor_critic import ActorCritic
+from scg.estimators.baselines import Baseline, Constant, LeaveOneOut
+from scg.estimators.critic import Critic, CriticOnly, GradientCritic
+from scg.estimators.learned import InputDependent, Learned
+from scg.estimators.nvil import NVIL
+from scg.estimators.optimal_scale import OptimalScale
+from scg.estimators.score_function import ScoreFunction
+from scg.estimators.self_critic import SelfCritic
+from scg.estimators.targets import TD, MonteCarlo, Target, TDLambda
+from tests.law2 import assert_unbiased, expected_estimate
+from tests.problems import PROBLEMS
+
+UNBIASED: dict[str, tuple[Any, int]] = {
+    "constant": (Constant(0.7), 1),
+    "learned": (Learned(), 1),
+    "learned, TD(0)": (Learned(target=TD(1)), 1),
+    "learned, lambda, slow copy": (Learned(target=TDLambda(0.5), slow=0.9), 1),
+    "input-dependent": (InputDependent(), 1),
+    "self-critic": (SelfCritic(), 1),
+    "optimal scale": (OptimalScale(), 2),
+    "optimal scale of another": (OptimalScale(of=Constant(1.3)), 2),
+    "critic": (Critic(), 1),
+    "critic, TD(0)": (Critic(target=TD(1)), 1),
+    "actor-critic, lambda 1": (ActorCritic(Learned(target=TDLambda(1.0))), 1),
+}
+QUICK = {"chain", "tied_batch"}
+
+
+@pytest.mark.parametrize("label", UNBIASED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in ("chain", "tied_batch", "diamond", "mixed_batch", "integer_index", "one_hot", "sampled_mask",
+                     "score_below_enumerated", "score_above_enumerated", "reparam_above_both", "independent_elbo")
+    ],
+)  # fmt: skip
+def test_unbiased(name: str, label: str) -> None:
+    torch.manual_seed(0)
+    given, samples = UNBIASED[label]
+    estimator = ScoreFunction(baseline=given) if isinstance(given, Baseline) else given
+    problem = PROBLEMS[name]()
+    estimators = {site: estimator if e == "score_function" else e for site, e in problem.estimators.items()}
+    assert_unbiased(problem, estimator=estimator, estimators=estimators, samples=samples)
+
+
+# -- a chain whose predictions are given tables: every biased variant against its definition, outcome by outcome -------
+class Table(nn.Module):
+    """``a + b * first``: of the outcome before it, or of nothing."""
+
+    def __init__(self, a: float, b: float) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in (a, b))
+
+    def forward(self, *read: Tensor) -> Tensor:
+        return self.a + sum((self.b * x for x in read), torch.zeros((), dtype=torch.float64))
+
+
+class Chain(nn.Module):
+    """Three coins, each weighed by the one before it, with a cost each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.4, -0.7, 0.9], dtype=torch.float64))
+        self.c = nn.Parameter(torch.tensor([1.3, -0.5], dtype=torch.float64))
+
+    def law(self, t: int, before: Tensor) -> Bernoulli:
+        return Bernoulli(logits=self.w[t] + (self.c[t - 1] * before if t else 0.0))
+
+    def costs(self, z: list[Tensor]) -> list[Tensor]:
+        return [(z[0] - 0.3) ** 2, 2 * torch.exp(z[1]), 3 * (z[2] - 0.8) ** 2]
+
+    def forward(self) -> Tensor:
+        z: list[Tensor] = []
+        for t in range(3):
+            draw = scg.sample(self.law(t, z[-1] if z else torch.zeros(())), f"z{t}")
+            z.append(draw)
+        return torch.stack([scg.cost(c, f"c{t}") for t, c in enumerate(self.costs(z))]).sum()
+
+
+def by_hand(
+    model: Chain, loss: Callable[[list[Tensor], list[Tensor], list[Tensor]], Tensor], over: list[nn.Parameter]
+) -> list[Tensor]:
+    """``sum over z of P(z) * gradient of loss(z, costs, log probabilities)``, the probabilities not differentiated."""
+    total = [torch.zeros_like(p) for p in over]
+    for bits in itertools.product((0.0, 1.0), repeat=3):
+        z = [torch.tensor(bit, dtype=torch.float64) for bit in bits]
+        log_p = [model.law(t, z[t - 1] if t else torch.zeros(())).log_prob(z[t]) for t in range(3)]
+        probability = float(torch.stack(log_p).sum().exp().detach())
+        value = loss(z, [c.detach() for c in model.costs(z)], log_p)
+        for sum_, grad in zip(total, torch.autograd.grad(value, over, allow_unused=True), strict=True):
+            if grad is not None:
+                sum_ += probability * grad
+    return total
+
+
+def returns(target: Target, costs: list[Tensor], predicted: list[Tensor]) -> list[Tensor]:
+    """The returns of a chain by the textbook's recursion; ``predicted[t]`` is the prediction at step ``t``."""
+    steps = len(costs)
+    if isinstance(target, MonteCarlo):
+        return [torch.stack(costs[t:]).sum() for t in range(steps)]
+    if isinstance(target, TD):
+        ends = [min(t + target.steps, steps) for t in range(steps)]
+        tails = [predicted[end] if end < steps else torch.zeros(()) for end in ends]
+        return [torch.stack(costs[t:end]).sum() + tail for t, end, tail in zip(range(steps), ends, tails, strict=True)]
+    found: list[Tensor] = []
+    for t in reversed(range(steps)):
+        after = (1 - target.decay) * predicted[t + 1] + target.decay * found[0] if found else torch.zeros(())
+        found.insert(0, costs[t] + after)
+    return found
+
+
+TARGETS = (MonteCarlo(), TD(1), TD(2), TDLambda(0.0), TDLambda(0.6))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_actor_critic_equals_its_target(target: Target) -> None:
+    """The advantage and the fit of every value function, against returns computed by hand."""
+    model = Chain()
+    tables = [Table(0.3, 0.0), Table(-0.4, 1.1), Table(0.8, -0.7)]
+    reads: list[tuple[str, ...]] = [(), ("z0",), ("z1",)]
+    estimators = {
+        f"z{t}": ActorCritic(Learned(table, inputs=read, target=target))
+        for t, (table, read) in enumerate(zip(tables, reads, strict=True))
+    }
+    compiled = scg.compile(model, estimators=estimators, example_inputs=())
+    parameters = [*model.parameters(), *itertools.chain.from_iterable(t.parameters() for t in tables)]
+    _, found = expected_estimate(compiled, {str(i): p for i, p in enumerate(parameters)})
+
+    def surrogate(z: list[Tensor], costs: list[Tensor], log_p: list[Tensor]) -> Tensor:
+        predicted = [tables[0](), tables[1](z[0]), tables[2](z[1])]
+        fixed = [p.detach() for p in predicted]
+        total = torch.zeros((), dtype=torch.float64)
+        for t, wanted in enumerate(returns(target, costs, fixed)):
+            total = total + (wanted - fixed[t]) * log_p[t] + (wanted - predicted[t]) ** 2
+        return total
+
+    expected = by_hand(model, surrogate, parameters)
+    torch.testing.assert_close(list(found.values()), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("target", [MonteCarlo(), TD(1), TDLambda(0.6)], ids=str)
+@pytest.mark.parametrize("kind", [Critic, CriticOnly])
+def test_critics_equal_their_targets(kind: Any, target: Target) -> None:
+    model = Chain()
+    tables = [Table(0.3, 0.5), Table(-0.4, 1.1), Table(0.8, -0.7)]
+    estimators = {f"z{t}": kind(table, inputs=(), target=target) for t, table in enumerate(tables)}
+    compiled = scg.compile(model, estimators=estimators, example_inputs=())
+    critics = list(itertools.chain.from_iterable(t.parameters() for t in tables))
+    parameters = [*model.parameters(), *critics]
+    _, found = expected_estimate(compiled, {str(i): p for i, p in enumerate(parameters)})
+
+    def surrogate(z: list[Tensor], costs: list[Tensor], log_p: list[Tensor]) -> Tensor:
+        predicted = [table(x) for table, x in zip(tables, z, strict=True)]
+        fixed = [p.detach() for p in predicted]
+        wanted = returns(target, costs, fixed)
+        total = torch.stack([(g - p) ** 2 for g, p in zip(wanted, predicted, strict=True)]).sum()
+        return total + torch.stack([fixed[t] * log_p[t] for t in range(3)]).sum()
+
+    expected = by_hand(model, surrogate, parameters)
+    if kind is Critic:  # unbiased: the model's gradient is the exact one, whatever the critic says
+        exact = scg.exact(model)[1]
+        expected[: len(exact)] = list(exact.values())
+    torch.testing.assert_close(list(found.values()), expected, rtol=1e-9, atol=1e-10)
+
+
+class Tree(nn.Module):
+    """A coin above two: costs of each alone, or of the two together."""
+
+    def __init__(self, joint: bool) -> None:
+        super().__init__()
+        self.w, self.joint = nn.Parameter(torch.tensor([0.4, -0.7, 0.9], dtype=torch.float64)), joint
+
+    def forward(self) -> Tensor:
+        a = scg.sample(Bernoulli(logits=self.w[0]), "a")
+        b = scg.sample(Bernoulli(logits=self.w[1] + a), "b")
+        c = scg.sample(Bernoulli(logits=self.w[2] - a), "c")
+        below = (b - 2 * c) ** 2 if self.joint else 3 * torch.exp(b) + c * 5
+        return scg.cost((a - 0.3) ** 2, "own") + scg.cost(below, "below")
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_cut_is_taken_where_costs_fall_apart(joint: bool) -> None:
+    """Below ``a`` two predictions stand for two costs; for one cost of both, one prediction does."""
+    model = Tree(joint)
+    tables = {"a": Table(0.2, 0.0), "b": Table(-0.4, 1.1), "c": Table(0.8, -0.7)}
+    reads: dict[str, tuple[str, ...]] = {"a": (), "b": ("a",), "c": ("a",)}
+    estimators = {name: ActorCritic(Learned(tables[name], inputs=reads[name], target=TD(1))) for name in tables}
+    compiled = scg.compile(model, estimators=estimators, example_inputs=())
+    _, found = expected_estimate(compiled, {"w": model.w})
+    p = torch.sigmoid(model.w.detach()[0])
+    advantage = []
+    for a in (0.0, 1.0):
+        z = torch.tensor(a, dtype=torch.float64)
+        behind = tables["b"](z) + (0.0 if joint else tables["c"](z))
+        advantage.append((z - 0.3) ** 2 + behind - tables["a"]())
+    torch.testing.assert_close(found["w"][0], (p * (1 - p) * (advantage[1] - advantage[0])).detach())
+
+
+class Gaussian(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        x = scg.sample(Normal(self.theta, 0.5), "x")
+        w = scg.sample(Normal(x, torch.tensor(2.0, dtype=torch.float64)), "w")
+        return (w - 1.0) ** 2, x
+
+
+class Parabola(nn.Module):
+    """The exact critic of `Gaussian`: ``E[(w - 1)^2 | x]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 1.0) ** 2 + 4.0
+
+
+@pytest.mark.parametrize("kind", [GradientCritic, Critic])
+def test_exact_critic_of_a_gaussian(kind: Any) -> None:
+    """Per draw the gradient critic is ``2 (x - 1)``: variance ``4 s^2``, free of the noise below it."""
+    model = Gaussian()
+    estimators = {"x": kind(Parabola(), inputs=()), "w": "score_function"}
+    compiled = scg.compile(model, estimators=estimators, example_inputs=())
+    for seed in range(5):
+        torch.manual_seed(seed)
+        loss, x = compiled()
+        (grad,) = torch.autograd.grad(loss, model.theta)
+        path = 2 * (x - 1)
+        score = (loss - Parabola()(x)) * (x - model.theta) / 0.25
+        torch.testing.assert_close(grad, path if kind is GradientCritic else path + score.detach())
+
+
+def test_nvil_divides_by_the_deviation_of_earlier_steps() -> None:
+    model = Chain()
+    compiled = scg.compile(model, estimator=NVIL(), example_inputs=())
+    for _ in range(20):
+        compiled()
+    plain = scg.compile(model, estimator=ScoreFunction(baseline=None), example_inputs=())
+    states: Any = compiled.estimators
+    for state in states.values():
+        state.inner.net[2].weight.data.zero_(), state.inner.net[2].bias.data.zero_()
+        state.mean.total.zero_()
+    states["z0"].square.total.fill_(9.0)
+    scales = [float(states[f"z{t}"].scale()) for t in range(3)]
+    assert scales[0] > 2
+    torch.manual_seed(1)
+    got = torch.autograd.grad(compiled(), model.w)[0]
+    torch.manual_seed(1)
+    want = torch.autograd.grad(plain(), model.w)[0] / torch.tensor(scales)
+    torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_learned_parts_touch_themselves_alone_and_the_copy_follows() -> None:
+    model = Chain()
+    compiled = scg.compile(model, estimator=ActorCritic(Learned(target=TD(1), slow=0.5)), example_inputs=())
+    assert not {id(p) for p in compiled.estimator_parameters()} & {id(p) for p in compiled.model_parameters()}
+    assert all("slow" not in name for name, _ in compiled.named_parameters())
+    state: Any = compiled.estimators["z1"]
+    online, slow = state.online.net[0].weight, state.slow.net[0].weight
+    with torch.no_grad():
+        online += 1.0
+    before = slow.clone()
+    compiled().backward()
+    torch.testing.assert_close(slow, 0.5 * before + 0.5 * online.detach())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in compiled.estimator_parameters())
+    with compiled.frozen():
+        before = slow.clone()
+        compiled()
+    assert torch.equal(before, slow)
+    assert {k for k in compiled.state_dict() if ".slow." in k} and not slow.requires_grad
+
+
+@pytest.mark.slow
+def test_the_small_network_learns_the_expected_cost_of_its_context() -> None:
+    """Given enough steps the critic knows the cost-to-go of every outcome: its control variate takes the noise away."""
+    torch.manual_seed(0)
+    model = Chain()
+    compiled = scg.compile(model, estimator=Critic(), samples=16, example_inputs=())
+    optimizer = torch.optim.Adam(compiled.estimator_parameters(), lr=0.02)
+    one = scg.compile(model, estimator=ScoreFunction(baseline=None))
+    before = scg.gradient_samples(one, n=400)["w"].var(0).sum()
+    for _ in range(150):
+        optimizer.zero_grad()
+        compiled().backward()
+        optimizer.step()
+    single = scg.compile(model, estimator=Critic(), example_inputs=())
+    single.load_state_dict(compiled.state_dict())
+    assert scg.gradient_samples(single, n=400)["w"].var(0).sum() < before / 5
+
+
+# -- replayed sites ---------------------------------------------------------------------------------------------------
+class Rollout(nn.Module):
+    """Logged actions ``[B, T]`` with rewards after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 3, dtype=torch.float64)
+
+    def forward(self, state: Tensor, action: Tensor, reward: Tensor) -> Tensor:
+        a = scg.sample(Categorical(logits=self.net(state)), "a", value=action)
+        reward = scg.depends(reward, on=a, dims=("tied", "causal"))
+        return -reward.sum(-1).mean()
+
+
+class Value(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(1, 1, dtype=torch.float64)
+
+    def forward(self, state: Tensor) -> Tensor:
+        return self.line(state)
+
+
+def _batch() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(4, 5, 1).double(), torch.randint(3, (4, 5)), torch.randn(4, 5).double()
+
+
+@pytest.mark.parametrize("target", [MonteCarlo(), TD(1), TD(3), TDLambda(0.9)], ids=str)
+def test_bootstrapping_along_a_causal_dim(target: Target) -> None:
+    model, value = Rollout(), Value()
+    state, action, reward = _batch()
+    estimator = ActorCritic(Learned(value, inputs=("state",), target=target))
+    compiled = scg.compile(model, estimator=estimator, example_inputs=(state, action, reward))
+    parameters = [*model.parameters(), *value.parameters()]
+    got = torch.autograd.grad(compiled(state, action, reward), parameters)
+
+    predicted = value(state)[..., 0]
+    fixed = predicted.detach()
+    wanted = torch.stack([torch.stack(returns(target, list(-reward[b]), list(fixed[b]))) for b in range(4)])  # [B, T]
+    log_p = Categorical(logits=model.net(state)).log_prob(action)
+    by_hand = ((wanted - fixed) * log_p).sum(-1).mean() + ((wanted - predicted) ** 2).mean() / 4
+    for a, b in zip(got, torch.autograd.grad(by_hand, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+class Answers(nn.Module):
+    """Groups of four answers ``[P, 4, T]`` to one prompt each, with a reward an answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64))
+
+    def forward(self, tokens: Tensor, reward: Tensor) -> Tensor:
+        z = scg.sample(Bernoulli(logits=self.logits.expand(tokens.shape)), "z", value=tokens)
+        return -scg.depends(reward, on=z, dims=("tied", "tied")).mean()
+
+
+def test_leave_one_out_of_a_group_of_replayed_draws() -> None:
+    model = Answers()
+    tokens = (torch.rand(2, 4, 3) < 0.5).double()
+    reward = torch.randn(2, 4).double()
+    compiled = scg.compile(model, estimator=ScoreFunction(baseline=LeaveOneOut(group=1)))
+    (got,) = torch.autograd.grad(compiled(tokens, reward), model.logits)
+    log_p = Bernoulli(logits=model.logits).log_prob(tokens).sum(-1)
+    rest = (reward.sum(1, keepdim=True) - reward) / 3
+    (want,) = torch.autograd.grad((-(reward - rest) * log_p).mean(), model.logits)
+    torch.testing.assert_close(got, want)
+    for wrong, why in ((2, "a cost sees several of them"), (5, "no element dim")):
+        with pytest.raises(scg.EstimatorError, match=why):
+            scg.compile(model, estimator=ScoreFunction(baseline=LeaveOneOut(group=wrong)))(tokens, reward)
+    with pytest.raises(scg.EstimatorError, match="one outcome"):
+        scg.compile(model, estimator=ScoreFunction(baseline="self_critic"))(tokens, reward)
