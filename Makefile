@@ -38,8 +38,10 @@ format: $(STAMP)  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## paired timings against hand-written PyTorch
+bench: $(STAMP)  ## paired timings against hand-written PyTorch and against peers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.peers
 
 clean:  ## remove build products, not the environment
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
