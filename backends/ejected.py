@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from scg.backends import runtime
 from scg.backends.batching import Mapped
+from scg.backends.doubly import WeighPath
 from scg.backends.draw_call import DrawCall
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
@@ -65,7 +66,9 @@ _TORCH = (
 """Lines of import, and the sign that the text needs them."""
 
 _RESERVED = set("torch F Tensor Any Callable Sequence annotations base64 math zlib inf nan".split())
-_HELPERS = (runtime.variable, runtime.input_gradient, runtime.loop_rows, runtime.call_opaque)
+_HELPERS = (
+    runtime.variable, runtime.input_gradient, runtime.weigh_path, runtime.loop_rows, runtime.call_opaque,
+)  # fmt: skip
 
 
 def eject(program: Program, graph: Graph) -> str:
@@ -186,6 +189,8 @@ class _Ejector:
             return f"{self._operand(args[0])}.{args[1]}"
         if isinstance(target, Variable):
             return f"{self._helper(runtime.variable)}({self._listed(args, {})})"
+        if isinstance(target, WeighPath):
+            return f"{self._helper(runtime.weigh_path)}({self._listed(args, {})})"
         if isinstance(target, InputGradient):
             return f"{self._helper(runtime.input_gradient)}({self._listed((*args, target.differentiable), {})})"
         if isinstance(target, CustomFunction):

@@ -27,6 +27,7 @@ from scg.analysis.influence import Influence
 from scg.analysis.support import finite_support
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape, stop_gradient
 from scg.backends.coefficients import Coefficient, CoefficientRule
+from scg.backends.doubly import weigh_paths
 from scg.backends.draw_call import LOOPS, DrawCall
 from scg.backends.elimination import log_marginal
 from scg.backends.expectation import Expectation
@@ -425,7 +426,10 @@ class Interpreter:
             return value
         axis = value.dims.index(SAMPLES)
         self.bounds[node.name] = value
-        return Batched(multisample_bound(value.tensor, axis, node.alpha), tuple(d for d in value.dims if d != SAMPLES))
+        bound = multisample_bound(value.tensor, axis, node.alpha)
+        if self.learning:
+            bound = weigh_paths(self, node, bound, value, axis)
+        return Batched(bound, tuple(name for name in value.dims if name != SAMPLES))
 
     def _marginal(self, node: Marginal) -> Batched:
         """The sites summed out in log space; the dims of all others stay."""

@@ -25,6 +25,13 @@ def input_gradient(scalar: Tensor, wrt: Tensor, differentiable: bool) -> Tensor:
     return torch.zeros_like(wrt) if found is None else found
 
 
+def weigh_path(value: Tensor, draw: Tensor, factor: Tensor) -> Tensor:
+    """``value``; from now on the gradient that reaches ``draw``, by whatever way, is multiplied by ``factor``."""
+    if draw.requires_grad:
+        draw.register_hook(lambda gradient: gradient * factor)
+    return value.view_as(value)
+
+
 def loop_rows(single: Callable[..., Any], tensors: Sequence[Tensor], axes: Sequence[int | None], rows: int) -> Any:
     """Calls ``single`` once a row of the tensors that have an axis, and stacks what it returns."""
     found = [single(*(t if axis is None else t[k] for t, axis in zip(tensors, axes, strict=True))) for k in range(rows)]

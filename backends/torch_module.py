@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scg.analysis.influence import influence
 from scg.backends.coefficients import CoefficientRule
+from scg.backends.doubly import WeighPath
 from scg.backends.higher_order import HigherOrder
 from scg.backends.lowering import Interpreter
 from scg.backends.recorder import Recorder
@@ -113,6 +114,11 @@ def compile_inductor(graph: Graph, program: Program, any_batch: bool) -> Callabl
             f"backend='eager'"
         )
     for call in program.module.graph.nodes:
+        if isinstance(call.target, WeighPath):
+            raise LoweringError(
+                "'dreg' weighs gradients on their way back, which inductor cannot compile; use backend='eager' or "
+                "another estimator"
+            )
         if isinstance(call.target, InputGradient):
             site = call.name.split("_term")[0]
             raise LoweringError(

@@ -56,7 +56,7 @@ def _surrogates(graph: Graph) -> list[str]:
 
 def _is_own(graph: Graph, node: LogProb) -> bool:
     value = graph[node.value]
-    return isinstance(value, Sample) and value.dist == node.dist and value.value is None
+    return isinstance(value, Sample) and value.dist == node.dist and value.value is None and not value.data
 
 
 def _products(graph: Graph, name: str) -> list[Op]:

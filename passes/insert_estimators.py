@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scg.analysis.bounds import doubly_break
 from scg.analysis.factors import elimination_plan
 from scg.analysis.influence import Influence, influence
 from scg.analysis.smoothness import Smoothness, smoothness
@@ -308,6 +309,7 @@ class _Choice:
             score_break=self._score_break(site),
             pathwise_only=self._pathwise_only(site),
             joined=joined_dims(self.graph, self.found, site),
+            doubly_break=doubly_break(self.graph, self.found, self.smooth, site, self._credited(site)),
             rerun_break=rerun_break(self.graph, site),
             index_use=site.index_use or None,
             untied=self._untied(site),

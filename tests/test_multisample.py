@@ -110,3 +110,52 @@ def test_refusals() -> None:
         scg.compile(nonlinear, samples=2, estimator=ScoreFunction())()
     with pytest.raises(ValueError, match="below 1"):
         scg.multisample(torch.ones(2), "renyi", alpha=1.0)
+
+
+def test_wake_sleep_by_stop_gradients() -> None:
+    """The recipe of the documentation: both wake gradients, summed over all pairs of draws."""
+    w = nn.Parameter(torch.tensor([0.4, -0.7], dtype=DTYPE))
+    fit = nn.Parameter(LIKELIHOOD.clone())
+
+    def model() -> Tensor:
+        q = Bernoulli(logits=w)
+        with torch.no_grad():
+            z = q.sample()
+        log_q, log_p = q.log_prob(z), torch.where(z > 0.5, fit[:, 1], fit[:, 0])
+        wake_model = scg.multisample(log_q.detach() - log_p)
+        wake_q = -scg.multisample(log_q - log_p.detach())
+        return (wake_model + wake_q).sum()
+
+    compiled = scg.compile(model, samples=2)
+    compiled()
+    _, gradient = expected_estimate(compiled, {"w": w, "fit": fit})
+
+    exact: Any = 0.0
+    for rows in itertools.product([0.0, 1.0], repeat=4):
+        z = torch.tensor(rows, dtype=DTYPE).reshape(2, 2)
+        log_q, log_p = Bernoulli(logits=w).log_prob(z), torch.where(z > 0.5, fit[:, 1], fit[:, 0])
+        share = torch.softmax((log_p - log_q).detach(), 0)  # [K, B]
+        exact = exact - log_q.sum().exp().detach() * (share * (log_p + log_q)).sum()
+    expected = torch.autograd.grad(exact, [w, fit])
+    torch.testing.assert_close((gradient["w"], gradient["fit"]), expected)
+
+
+def test_two_examples_have_a_logarithm_each() -> None:
+    """Not one of their summed log weights, which is another bound."""
+    w = nn.Parameter(torch.tensor([0.4, -0.7], dtype=DTYPE))
+
+    def model(apart: bool) -> Tensor:
+        z = Bernoulli(logits=w).sample()
+        cost = -_weights(w, z)
+        return scg.multisample(cost).sum() if apart else scg.multisample(cost.sum())
+
+    apart, together = (scg.compile(model, samples=3, example_inputs=(flag,)) for flag in (True, False))
+    values = [expected_estimate(run, {"w": w}, flag)[0] for run, flag in ((apart, True), (together, False))]
+    one = [-_weights(w, torch.full((2,), bit, dtype=DTYPE)) for bit in (0.0, 1.0)]  # [B]
+    p = torch.sigmoid(w)
+    expected: Any = 0.0
+    for bits in itertools.product([0, 1], repeat=3):
+        law = torch.stack([p if bit else 1 - p for bit in bits]).prod(0)
+        expected = expected - law @ torch.stack([-one[bit] for bit in bits]).exp().mean(0).log()
+    torch.testing.assert_close(values[0], expected.detach())
+    assert values[0] < values[1] - 1e-3

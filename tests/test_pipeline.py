@@ -281,6 +281,14 @@ def test_a_hand_written_surrogate_warns() -> None:
         scg.compile(loss)()
     assert any("return the cost itself" in str(w.message) for w in caught)
 
+    def weighted() -> Tensor:  # of data: nothing is added, and weighing their likelihood is right
+        q = Bernoulli(logits=w)
+        with torch.no_grad():
+            z = q.sample()
+        return -q.log_prob(z) * ((z - 0.3) ** 2).detach()
+
+    scg.compile(weighted)().backward()  # warnings are errors
+
 
 def test_smoothness_is_checked_without_being_asked() -> None:
     m = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))

@@ -16,6 +16,7 @@ from scg.estimators.critic import Critic, CriticOnly, GradientCritic
 from scg.estimators.decoupled_st import DecoupledST
 from scg.estimators.disarm import DisARM
 from scg.estimators.double_cv import DoubleCV
+from scg.estimators.dreg import DReG
 from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.go_gradient import GoGradient
 from scg.estimators.gumbel_rao import GumbelRao
@@ -47,6 +48,7 @@ GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "Control variates": (Relax, Rebar, Lax, MuProp, DoubleCV, Rodeo),
     "Critics": (Critic, ActorCritic, CriticOnly, GradientCritic, NVIL),
     "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),
+    "Multi-sample bounds": (DReG,),
     "Finite differences": (SPSA,),
 }
 """The built-in estimators as the documentation orders them."""

@@ -74,6 +74,8 @@ class SiteInfo:
     """Element dims of which one cost may see several indices."""
     index_use: str | None = None
     """Of a Categorical: the use of its index that stands against writing it as a one-hot, with the place."""
+    doubly_break: str | None = None
+    """Why its score terms in a multi-sample bound cannot be reparameterized, with the place; None where they can."""
     rerun_break: str | None = None
     """Why what lies below the site cannot be evaluated at other outcomes, with the place."""
     context: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -177,6 +179,15 @@ class PathwiseEstimator(Estimator):
     def stops_score(self) -> bool:
         """Whether the site's own log density, where it stands in the costs, is differentiated by the draw alone."""
         return False
+
+    def bound_factor(self, share: Tensor, alpha: float) -> Tensor | None:
+        """What the derivative of a multi-sample bound in each draw is multiplied by; None for one.
+
+        Args:
+            share: detached shares of the draws in the bound, over which they sum to one.  The shape of the log weights
+            alpha: order of the bound.
+        """
+        return None
 
     def draw(self, dist: Distribution, shape: torch.Size) -> Tensor:
         """Draws, differentiable in the parameters.  ``[*shape | *B | *E]``"""

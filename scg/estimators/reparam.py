@@ -70,6 +70,8 @@ class Reparam(PathwiseEstimator):
             return Support(False, f"the draw of {site.family} has no second derivative")
         if found and site.order > 1 and self.path_derivative:
             return Support(False, "path_derivative stops a derivative whose own derivative has a mean")
+        if found and self.path_derivative and site.bound:
+            return moving_support(site)
         if found and self.path_derivative and site.score_break:
             return Support(
                 False,
@@ -84,6 +86,13 @@ class Reparam(PathwiseEstimator):
 
     def draw(self, dist: Distribution, shape: torch.Size) -> Tensor:
         return _implicit(dist, shape) if isinstance(dist, MixtureSameFamily) else dist.rsample(shape)
+
+
+def moving_support(site: SiteInfo) -> Support:
+    """The refusal of a support that moves with a parameter: there the mean of the score is not zero."""
+    return Support(
+        False, f"the support of {site.family} moves with its parameter {site.bound}, so its score has a mean"
+    )
 
 
 def _is_mixture(template: Template) -> bool:

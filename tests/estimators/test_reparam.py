@@ -17,6 +17,7 @@ from torch.distributions import (
     MixtureSameFamily,
     Normal,
     OneHotCategoricalStraightThrough,
+    Uniform,
 )
 
 import scg
@@ -195,6 +196,20 @@ def test_other_mixtures_are_refused() -> None:
 
     with pytest.raises(EstimatorError, match="MixtureSameFamily has no rsample"):
         scg.compile(model, estimator="reparam", example_inputs=())
+
+
+def test_a_score_with_a_mean_is_not_dropped() -> None:
+    """That of Uniform(0, theta) is -1 / theta wherever the draw lies."""
+    theta = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def model() -> Tensor:
+        q = Uniform(torch.zeros((), dtype=torch.float64), theta)
+        return q.log_prob(q.rsample())
+
+    compiled = scg.compile(model, estimator="reparam", example_inputs=())
+    assert float(torch.autograd.grad(compiled(), theta)[0]) == -0.5
+    with pytest.raises(EstimatorError, match="moves with its parameter high, so its score has a mean"):
+        scg.compile(model, estimator=STICKING, example_inputs=())
 
 
 # -- a biased rsample ------------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""Gradients of a multi-sample bound that are weighed once more where they reach a draw."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from scg.analysis.bounds import tied_axes
+from scg.backends import runtime
+from scg.backends.batching import Batched
+from scg.backends.credit_sums import credit_sum
+from scg.backends.recorder import compile_time, record_call
+from scg.errors import EstimatorError
+from scg.estimators.base import PathwiseEstimator
+from scg.ir import Bound, CreditEdge, Sample
+
+if TYPE_CHECKING:
+    from scg.backends.lowering import Interpreter
+
+
+def weigh_paths(run: Interpreter, node: Bound, bound: Tensor, value: Batched, axis: int) -> Tensor:
+    """``bound``, with the gradient that reaches draws by way of it multiplied by their estimator's factor.
+
+    Args:
+        run: whose draws they are.
+        node: the bound.
+        bound: its value, without the dim of the draws.
+        value: negative log weights.
+        axis: of the draws in it.
+    """
+    share: Tensor | None = None
+    for site in run.graph.of(Sample):
+        relation = run.found.relation(node.name, site.name)
+        if relation is None or not isinstance(site.estimator, PathwiseEstimator):
+            continue
+        if share is None:
+            share = torch.softmax(-(1.0 - node.alpha) * value.tensor.detach(), axis)
+        factor = site.estimator.bound_factor(share, node.alpha)
+        if factor is None:
+            continue
+        draw = run.before_transform.get(site.name, run.env[site.name])
+        if set(value.dims) != set(draw.dims):
+            extra = ", ".join(name for name in value.dims if name not in draw.dims)
+            raise EstimatorError(
+                f"%{site.name} ({site.loc}): {site.estimator.name!r} cannot tell the weights apart in which it meets "
+                f"the draws that {extra} has of its own; use 'reparam', or samples=K of scg.compile for all"
+            )
+        elements = site.tensor.shape[: site.tensor.ndim - site.tensor.event_ndim]
+        with compile_time():
+            axes = tuple(tied_axes(relation, len(elements)))
+        mixed = tuple(tied is None for tied in axes)
+        placed = credit_sum(factor, len(value.dims), CreditEdge(site.name, "", axes, mixed, ()), elements)
+        placed = placed.reshape([*placed.shape, *[1] * (draw.tensor.dim() - placed.dim())])
+        bound = record_call(WeighPath(), bound, draw.tensor, placed)
+    return bound
+
+
+class WeighPath:
+    """Multiplies the gradient that reaches a draw; a leaf of the generated code."""
+
+    __name__ = __qualname__ = "weigh_path"
+    __module__ = __name__
+    repeatable = False
+
+    def fake(self, value: Tensor, draw: Tensor, factor: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    def __call__(self, value: Tensor, draw: Tensor, factor: Tensor) -> Tensor:
+        return runtime.weigh_path(value, draw, factor)
