@@ -6,7 +6,7 @@ before   value  [K, z rows | B]        after   value  [B]
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scg.analysis.influence import Influence, Relation
 from scg.backends.batching import Batched, SampleDims, stop_gradient
+from scg.backends.beams import Layout
 from scg.backends.recorder import compile_time, record_constant
 from scg.ir import Dist, Graph, Sample
 
@@ -21,12 +22,20 @@ from scg.ir import Dist, Graph, Sample
 class Expectation:
     """Takes expectations with the weights that the sites' rows have, messages between sites shared."""
 
-    def __init__(self, graph: Graph, found: Influence, dims: SampleDims) -> None:
-        self.graph, self.found, self.dims = graph, found, dims
-        self.weights: dict[str, Batched] = {}
-        """Probabilities of the rows of enumerated sites, ``[*dims, R | *elements]``, size 1 along joined dims."""
-        self.log_weights: dict[str, Batched] = {}
-        """Their logarithms."""
+    def __init__(
+        self,
+        graph: Graph,
+        found: Influence,
+        dims: SampleDims,
+        layout: Layout,
+        table: Callable[[], MutableMapping[str, Batched]] = dict,
+    ) -> None:
+        self.graph, self.found, self.dims, self.layout = graph, found, dims, layout
+        self.weights = table()
+        """Probabilities of the rows of enumerated sites, ``[*dims, R | *elements]``, size 1 along joined dims; weights
+        of the rows of sequences, ``[*dims, R | *frame]``."""
+        self.log_weights = table()
+        """Their logarithms, of enumerated sites."""
         self._joints: dict[Any, Batched] = {}
         """Joint probabilities of enumerated rows, by sites and by the elements they are met with."""
 
@@ -96,7 +105,7 @@ class Expectation:
         Messages are shared between all nodes that meet the same elements: T costs on a chain take T sums of k^2 terms.
         """
         wide = [name for name in self._closure(names, stop) if self._is_wide(name)]
-        key = (names, stop, ndim, frozenset((name, self.found.relation(of, name)) for name in wide))
+        key = (names, stop, ndim, frozenset((name, self._seen(of, name)) for name in wide))
         if key not in self._joints:
             last = names[-1]
             weight = self._weight_for(of, last, ndim)
@@ -111,6 +120,10 @@ class Expectation:
             self._joints[key] = weight
         return self._joints[key]
 
+    def _seen(self, of: str, name: str) -> Any:
+        """Which elements of the weights of ``name`` the node ``of`` meets."""
+        return self.layout.key(name, of) if name in self.layout.frames else self.found.relation(of, name)
+
     def _is_wide(self, name: str) -> bool:
         """Do the weights of ``name`` differ between its elements?"""
         return any(size > 1 for size in self.weights[name].shape)
@@ -122,7 +135,10 @@ class Expectation:
         shape = weight.shape
         if not self._is_wide(name):
             return Batched(weight.tensor.reshape([*weight.tensor.shape[:lead], *[1] * ndim]), weight.dims)
-        relation = self.found.relation(of, name)
+        sequence = name in self.layout.frames
+        if sequence and self.layout.key(name, of):
+            return self.layout.place(name, weight, of, ndim)
+        relation = None if sequence else self.found.relation(of, name)
         if relation is None:  # the value does not depend on it: any element's weights sum to one
             first = weight.tensor.flatten(lead)[..., 0]
             return Batched(first.reshape([*first.shape, *[1] * ndim]), weight.dims)
@@ -144,11 +160,10 @@ class Expectation:
         return Batched(weight.tensor[(*[slice(None)] * lead, *placed)], weight.dims)
 
     def _may_be_impossible(self, name: str) -> bool:
-        site = self.graph[name]
-        assert isinstance(site, Sample)
-        dist = self.graph[site.dist]
-        assert isinstance(dist, Dist)
-        return dist.template.cls.__name__ != "Bernoulli"
+        frame = self.layout.frames.get(name)
+        sites = [self.graph[site] for site in ([name] if frame is None else frame.sites)]
+        dists = [self.graph[site.dist] for site in sites if isinstance(site, Sample)]
+        return any(isinstance(dist, Dist) and dist.template.cls.__name__ != "Bernoulli" for dist in dists)
 
 
 def _sum_out(tensor: Tensor, dims: tuple[str, ...], names: Sequence[str]) -> Batched:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from scg.analysis.factors import elimination_plan
 from scg.analysis.influence import Influence
 from scg.analysis.support import finite_support
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape, stop_gradient
+from scg.backends.beams import Layout, Lineage, Rows
 from scg.backends.coefficients import Coefficient, CoefficientRule
 from scg.backends.doubly import weigh_paths
 from scg.backends.draw_call import LOOPS, DrawCall
@@ -35,6 +36,7 @@ from scg.backends.multisample import leave_one_out_gain, multisample_bound
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
 from scg.backends.recorder import compile_time, record_call, record_constant
+from scg.backends.sequence_draw import draw_in_sequence
 from scg.backends.signals import Signals
 from scg.backends.single_draw import SingleDraw
 from scg.backends.site_context import Context
@@ -46,6 +48,7 @@ from scg.estimators.base import (
     RowEstimator,
     ScoreEstimator,
 )
+from scg.estimators.frames import frames
 from scg.estimators.rows import SAMPLES, joined_dims, own_dims
 from scg.ir import (
     Bound,
@@ -94,20 +97,32 @@ class Interpreter:
         self.training, self.learning, self.debug = training, learning, debug
         enumerated = [s for s in graph.of(Sample) if isinstance(s.estimator, EnumeratingEstimator)]
         scored = [s for s in graph.of(Sample) if isinstance(s.estimator, ScoreEstimator)]
-        self.joined = {site.name: joined_dims(graph, found, site) for site in (*enumerated, *scored)}
+        self.frames = frames(graph, found)
+        """The sequences of sites, by name."""
+        alone = [site for site in (*enumerated, *scored) if not site.sequence]
+        self.joined = {site.name: joined_dims(graph, found, site) for site in alone}
+        for frame in self.frames.values():
+            self.joined.update(frame.joined)
         self.supports = {site.name: finite_support(graph, self.dist_node(site.dist)) for site in (*enumerated, *scored)}
         self.dims = SampleDims(self._sample_dims())
         self.batcher = Batcher(self.dims)
-        self.env: dict[str, Any] = {}
-        self.params: dict[str, list[Batched]] = {}
+        layout = Layout(found, self.frames)
+        self.lineage = Lineage(self.dims, layout)
+        self.sequences: dict[str, Any] = {}
+        """What the sites drawn so far leave for the next one, by sequence."""
+        self.rows = Rows(self.lineage)
+        self.env: MutableMapping[str, Any] = self.rows
+        self.params: MutableMapping[str, list[Batched]] = Rows(
+            self.lineage, nodes=lambda ref: self.dist_node(ref).params
+        )
         """Parameters of the distributions, by node."""
-        self.before_transform: dict[str, Batched] = {}
+        self.before_transform: MutableMapping[str, Batched] = Rows(self.lineage, self._elements)
         """Draws of transformed distributions before their transforms, by site."""
-        self.extras: dict[str, tuple[Batched, ...]] = {}
+        self.extras: MutableMapping[str, tuple[Batched, ...]] = Rows(self.lineage, self._elements)
         """What row-type estimators kept of their draws, by site."""
         self.bounds: dict[str, Batched] = {}
         """Negative log weights of the draws that multi-sample bounds join, by bound."""
-        self.expectation = Expectation(graph, found, self.dims)
+        self.expectation = Expectation(graph, found, self.dims, layout, lambda: Rows(self.lineage, self._elements))
         self._outcomes: dict[Any, Tensor] = {}
         """Tables of outcomes made so far: the steps of a chain share one."""
         self.reruns = 0
@@ -127,6 +142,8 @@ class Interpreter:
             if isinstance(site.estimator, EnumeratingEstimator):
                 yield SampleDim(site.name, self._support_rows(site), "enumerated", site.name, order)
             elif isinstance(site.estimator, RowEstimator):
+                if site.row_dim != site.name:
+                    continue
                 kind = "weighted" if site.estimator.weighted else "coupled"
                 yield SampleDim(site.name, site.estimator.rows, kind, site.name, order)
             elif site.estimator is not None and (site.estimator.samples or 1) > 1:
@@ -248,6 +265,8 @@ class Interpreter:
         if site.value is not None:
             value: Batched = self.env[site.value]
             return Batched(value.tensor.detach(), value.dims)
+        if site.sequence:
+            return draw_in_sequence(self, site)
         dims = self.dims.union(self._param_dims(site.dist), own_dims(site, self.graph.samples))
         carried = self._param_dims(site.dist)
         dist = self.distribution(site.dist, carried)
@@ -297,6 +316,11 @@ class Interpreter:
         """Where the joined elements stand in a draw ``[*new | *sample_shape | *carried | *B]``."""
         own = len(site.sample_shape)
         return tuple(new + dim if dim < own else new + carried + dim for dim in self.joined[site.name])
+
+    def _elements(self, site: str) -> int:
+        """How many element dims a site has."""
+        type_ = self.graph[site].tensor
+        return type_.ndim - type_.event_ndim
 
     def _site(self, name: str) -> Sample:
         node = self.graph[name]
@@ -481,7 +505,7 @@ class Interpreter:
         rows = context.row_axis
         if rows is not None and term.dim() > rows and term.dim() >= len(dims):
             assert term.shape[rows] == 1, f"{site.estimator.name}: its term must be summed over its own rows"
-            term, dims = term.squeeze(rows), tuple(name for name in dims if name != site.name)
+            term, dims = term.squeeze(rows), tuple(name for name in dims if name != site.row_dim)
         added = [] if context.surrogate is None else [Weighted(context.surrogate, scale)]
         return [self._mean_of_term(term, site, dims, scale), *added, *bounds]
 

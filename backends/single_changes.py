@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +180,7 @@ class Rows:
         child.signals = child.make_signals()
         return child
 
-    def _rest(self, rest: Tensor) -> dict[str, Any]:
+    def _rest(self, rest: Tensor) -> Mapping[str, Any]:
         """The values of the slice where nothing but the rest is changed."""
         rest = rest.reshape([*self.of.sizes.values(), *rest.shape[1:]])
         for axis, rows in enumerate(self.rows.values()):

@@ -38,7 +38,7 @@ class SingleDraw:
 
     def _evaluate(self, node: Node) -> None:
         of = self.of
-        known = of.env.get(node.name)
+        known = of.rows.as_made(node.name)
         if known is not None and not isinstance(node, Cost):
             row = self._row(known)
             if row is not None:

@@ -45,7 +45,7 @@ class Context:
         self.extra = tuple(interpreter.dims.align(part, dims) for part in interpreter.extras.get(site.name, ()))
         kinds = [interpreter.dims[name].kind for name in dims]
         self.iid = tuple(i for i, kind in enumerate(kinds) if kind == "iid")
-        self.row_axis = dims.index(site.name) if isinstance(site.estimator, RowEstimator) else None
+        self.row_axis = dims.index(site.row_dim) if isinstance(site.estimator, RowEstimator) else None
         self.state = interpreter.states.get(site.name)
         self.training = interpreter.training and interpreter.learning
         self.surrogate: Tensor | None = None

@@ -28,6 +28,7 @@ from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, meeting,
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Bound, Cost, Depends, Dist, Graph, Input, LogProb, Marginal, Node, Op, Param, Sample, TensorType
 from scg.operations import is_linear
+from scg.passes.sequences import check_sequences, join_sequences
 
 ENUMERATE_LIMIT = 32
 """Most rows at which ``auto`` evaluates any node: beyond, draws are cheaper."""
@@ -63,7 +64,10 @@ class InsertEstimators:
         choice = _Choice(self, graph)
         decided = [choice.decide(site) for site in graph.of(Sample)]
         choice.check_marginals()
-        return annotate_dims(graph.replace(*decided, samples=self.samples))
+        decided = join_sequences(decided)
+        found = annotate_dims(graph.replace(*decided, samples=self.samples))
+        check_sequences(found, choice.found)
+        return found
 
     def request(self, site: Sample) -> tuple[Any, str]:
         """The estimator that was asked for at a site, and where."""
@@ -392,6 +396,8 @@ def annotate_dims(graph: Graph) -> Graph:
         if isinstance(node, Marginal):
             inherited |= {dim for site in node.sites for dim in dims[graph[site.node].inputs[0]]}
             inherited -= {str(site.node) for site in node.sites}
+        if isinstance(node, Sample) and node.sequence not in ("", node.name):
+            inherited |= {*dims[node.sequence]}
         if isinstance(node, Sample) and isinstance(node.estimator, EnumeratingEstimator):
             inherited = set()  # the parameters' dims are those of its probabilities
         found = tuple(sorted(inherited | set(own), key=lambda dim: order[dim]))

@@ -235,9 +235,16 @@ class Sample(Node):
     """Why that estimator."""
     credits: tuple[str, ...] = ()
     """Labels of the costs credited: plain names, not data edges."""
+    sequence: str = ""
+    """First site of the sequence that it is drawn in, whose sample dim it shares; empty where it is drawn by itself."""
 
     _edges = ("dist", "value")
     kind = "sample"
+
+    @property
+    def row_dim(self) -> str:
+        """Name of the sample dim of its rows: its own, or that of its sequence."""
+        return self.sequence or self.name
 
     def describe(self) -> str:
         parts = [f"{self.dist!r}"]
@@ -251,6 +258,8 @@ class Sample(Node):
             parts.append("index")
         if self.estimator is not None:
             parts.append(f"estimator={self.estimator.name}")
+        if self.sequence:
+            parts.append(f"sequence={self.sequence}")
         if self.credits:
             parts.append(f"credits={','.join(self.credits)}")
         return " ".join(parts)

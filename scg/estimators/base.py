@@ -398,5 +398,57 @@ class RowEstimator(ScoreEstimator):
         return self.rows
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one site adds to the rows of a sequence."""
+
+    index: Tensor
+    """Outcome of each element, as a place in the support.  ``[*N, k, L]``"""
+    parents: Tensor | None
+    """The row so far that each row goes on from, ``[*N, k]``; None for the first site."""
+    state: Any
+    """What the next site is given."""
+
+
+class SequenceEstimator(RowEstimator):
+    """Row-type, and the sites that share the object may be drawn as one sequence: rows of joint outcomes.
+
+    The sites are met in program order. ``N`` are the dims along which sequences are drawn apart: sample dims other than
+    the rows, and element dims of which no cost sees two indices.
+    """
+
+    @property
+    def joins_sites(self) -> bool:
+        """Whether it was asked to."""
+        raise NotImplementedError
+
+    def grow(self, state: Any, log_p: Tensor, context: SequenceContext) -> Step:
+        """Draws one site in all rows.
+
+        Args:
+            state: of the rows so far; None at the first site.
+            log_p: log probability of each outcome of each of the site's ``L`` joined elements, given each row so far,
+                ``[*N, rows, L, S]``, with one row at the first site.
+            context: what is known of the site's place.
+        """
+        raise NotImplementedError
+
+    def finish(self, state: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """After the last site: the weights of the rows, and what `term` will want.  ``[*N, k]``, each ``[*N, k, …]``"""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """Where a site stands in its sequence."""
+
+    offset: int
+    """How many joined elements the sites before it have."""
+    length: int
+    """How many all of them have."""
+    module: Any = None
+    """What `Estimator.make_state` made for the first site."""
+
+
 class EnumeratingEstimator(Estimator):
     """Every outcome becomes a row, weighted by its probability."""

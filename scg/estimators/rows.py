@@ -145,7 +145,7 @@ def own_dims(site: Sample, samples: int) -> tuple[str, ...]:
     if isinstance(site.estimator, EnumeratingEstimator):
         return (site.name,)
     if isinstance(site.estimator, RowEstimator):
-        return ((SAMPLES,) if samples > 1 else ()) + (site.name,)
+        return ((SAMPLES,) if samples > 1 else ()) + (site.row_dim,)
     if site.value is not None:
         return ()
     own = (site.name,) if site.estimator is not None and (site.estimator.samples or 1) > 1 else ()

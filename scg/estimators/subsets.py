@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from scg.estimators.base import YES, RowEstimator, SiteContext, SiteInfo, Support
+from scg.estimators.base import (
+    YES,
+    RowEstimator,
+    SequenceContext,
+    SequenceEstimator,
+    SiteContext,
+    SiteInfo,
+    Step,
+    Support,
+)
+from scg.estimators.sequences import Beam, BeamSearch
 
 _FLOOR = -1e3
 """Log probability of an impossible outcome: its weight underflows to zero, and ratios of several stay defined."""
@@ -70,6 +80,25 @@ class SubsetEstimator(RowEstimator):
         times, order = (torch.log(-torch.log1p(-uniform)) - log_p).sort(-1)  # [*N, S]
         after = times[..., k] if k < log_p.shape[-1] else torch.full_like(times[..., 0], float("inf"))
         return order[..., :k], after
+
+
+@dataclass(frozen=True)
+class WithoutReplacementEstimator(SubsetEstimator, SequenceEstimator, BeamSearch):
+    """Base of estimators whose rows are drawn without replacement: from one site, or from a sequence of sites."""
+
+    sequence: bool = False
+    """Draw the sites that share this object as one sequence, by stochastic beam search."""
+
+    @property
+    def joins_sites(self) -> bool:
+        return self.sequence
+
+    def check(self, site: SiteInfo) -> Support:
+        return self.supports(site) if self.sequence else super().check(site)
+
+    def grow(self, state: Beam | None, log_p: Tensor, context: SequenceContext) -> Step:
+        beam, index, parents = self.extend_by(state, log_p, self.rows)
+        return Step(index, parents, beam)
 
 
 class Outcomes:

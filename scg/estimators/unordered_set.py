@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from scg.estimators.base import Draw, SiteContext
-from scg.estimators.subsets import Outcomes, SubsetEstimator, weighted_score
+from scg.estimators.sequences import Beam
+from scg.estimators.subsets import Outcomes, WithoutReplacementEstimator, weighted_score
 
 LARGEST = 12
 """Most rows: the probabilities of all their subsets are computed."""
 
 
 @dataclass(frozen=True)
-class UnorderedSet(SubsetEstimator):
+class UnorderedSet(WithoutReplacementEstimator):
     r"""Distinct outcomes, each weighted by its probability of being the first of the set.
 
     .. math::
@@ -37,8 +38,13 @@ class UnorderedSet(SubsetEstimator):
 
     of positive terms alone: no cancellation, in log space no underflow.
 
+    The sites that share one object with ``sequence=True`` are drawn as one sequence by stochastic beam search: the set
+    is one of joint outcomes, however many there are. Mask the logits of a finished sequence, so that it has one way to
+    go on: then it is in the set once.
+
     Args:
         samples: ``k``, two unless given, at most twelve.
+        sequence: draw all sites of this object, and the elements of each that meet in a cost, as one sequence.
     """
 
     name: ClassVar[str] = "unordered_set"
@@ -61,9 +67,14 @@ class UnorderedSet(SubsetEstimator):
         assert support is not None
         outcomes = Outcomes(dist, shape, support, joined)
         index, _ = self.race(outcomes.log_p, self.rows)
-        weight, leave_one_out = set_weights(outcomes.log_p, index)
+        rest = outcomes.log_p.scatter(-1, index, float("-inf")).logsumexp(-1)
+        weight, leave_one_out = set_weights(outcomes.log_p.gather(-1, index), rest)
         parts = (outcomes.weights(weight), outcomes.weights(leave_one_out, 1))
         return Draw(outcomes.rows(index), parts[0], parts)
+
+    def finish(self, state: Beam) -> tuple[Tensor, tuple[Tensor, ...]]:
+        weight, leave_one_out = set_weights(state.log_p, state.rest)
+        return weight, (weight, leave_one_out)
 
     def term(self, context: SiteContext) -> Tensor:
         assert context.row_axis is not None
@@ -73,31 +84,30 @@ class UnorderedSet(SubsetEstimator):
         return weighted_score(context, weight, signal - (leave_one_out * others).sum(-1))
 
 
-def set_weights(log_p: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def set_weights(chosen: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     """First- and second-order weights of a set.
 
     Args:
-        log_p: ``[*N, S]``, finite.
-        index: distinct outcomes ``[*N, k]``.
+        chosen: log probabilities of its members ``[*N, k]``, finite.
+        rest: log probability of everything outside the set ``[*N]``, minus infinity for nothing.
 
     Returns:
         ``p_s R(S, s)``, ``[*N, k]``, and ``p_u R^{D - s}(S, u)``, ``[*N, k (s), k (u)]``; the latter zero for one row.
     """
-    k = index.shape[-1]
-    chosen = log_p.gather(-1, index)  # [*N, k]
-    rest = log_p.scatter(-1, index, float("-inf")).logsumexp(-1, keepdim=True)  # [*N, 1]
+    k = chosen.shape[-1]
+    rest = rest.unsqueeze(-1)
     levels = [torch.zeros_like(rest)]  # log G of all subsets with 0, 1, … members
     for size in range(1, k + 1):
-        members, parents = (torch.tensor(table, device=log_p.device) for table in _subsets(k, size))
+        members, parents = (torch.tensor(table, device=chosen.device) for table in _subsets(k, size))
         each = chosen[..., members]  # [*N, subsets, size]
         total = torch.logaddexp(each.logsumexp(-1), rest)
         levels.append((each + levels[-1][..., parents]).logsumexp(-1) - total)
     if k == 1:
         return torch.exp(chosen - levels[1]), torch.zeros_like(chosen).unsqueeze(-1)
     without = levels[k - 1].flip(-1)  # [*N, k]: in the order of combinations, the last lacks the first member
-    pairs = levels[k - 2][..., torch.tensor(_pairs(k), device=log_p.device)]  # [*N, k, k]
+    pairs = levels[k - 2][..., torch.tensor(_pairs(k), device=chosen.device)]  # [*N, k, k]
     second = chosen.unsqueeze(-2) + pairs - without.unsqueeze(-1)
-    own = torch.eye(k, dtype=torch.bool, device=log_p.device)
+    own = torch.eye(k, dtype=torch.bool, device=chosen.device)
     second = torch.where(own, chosen.unsqueeze(-2), second)
     return torch.exp(chosen + without - levels[k]), torch.exp(second)
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from scg.estimators.base import Draw, SiteContext
-from scg.estimators.subsets import Outcomes, SubsetEstimator, weighted_score
+from scg.estimators.sequences import Beam
+from scg.estimators.subsets import Outcomes, WithoutReplacementEstimator, weighted_score
 
 
 @dataclass(frozen=True)
-class WithoutReplacement(SubsetEstimator):
+class WithoutReplacement(WithoutReplacementEstimator):
     r"""Distinct outcomes in the order of a race, weighted by one over their probability of beating the next one.
 
     .. math::
@@ -27,8 +28,13 @@ class WithoutReplacement(SubsetEstimator):
     changes nothing, where theirs scales it by weights that sum to one in expectation only. Without a baseline for one
     row. Unbiased; exact when the set is the whole support. ``k`` evaluations. For finite supports.
 
+    The sites that share one object with ``sequence=True`` are drawn as one sequence by stochastic beam search: the set
+    is one of joint outcomes, however many there are. Mask the logits of a finished sequence, so that it has one way to
+    go on: then it is in the set once.
+
     Args:
         samples: ``k``, two unless given.
+        sequence: draw all sites of this object, and the elements of each that meet in a cost, as one sequence.
     """
 
     name: ClassVar[str] = "without_replacement"
@@ -46,6 +52,14 @@ class WithoutReplacement(SubsetEstimator):
         index, after = self.race(outcomes.log_p, self.rows)
         weight = outcomes.weights(inclusion_weights(outcomes.log_p.gather(-1, index), after))
         return Draw(outcomes.rows(index), weight, (weight,))
+
+    def finish(self, state: Beam) -> tuple[Tensor, tuple[Tensor, ...]]:
+        weight = inclusion_weights(state.log_p, -self.threshold(state))
+        return weight, (weight,)
+
+    def threshold(self, state: Beam) -> Tensor:
+        """The largest perturbed log probability outside the set.  ``[*N]``"""
+        return state.threshold
 
     def term(self, context: SiteContext) -> Tensor:
         assert context.row_axis is not None

@@ -19,6 +19,7 @@ from scg.estimators.arm import ARM
 from scg.estimators.arms import ARMS, gauss_legendre
 from scg.estimators.carms import CARMS
 from scg.estimators.disarm import DisARM
+from scg.estimators.sequences import Beam, BeamSearch
 from scg.estimators.subsets import SubsetEstimator
 from scg.estimators.unordered_set import UnorderedSet
 from scg.estimators.without_replacement import WithoutReplacement
@@ -96,6 +97,38 @@ def normal_pair(m: Tensor, correlation: float) -> Tensor:
     return (6 * weights * density * inner).sum(-1)
 
 
+class FiniteBeam(BeamSearch):
+    """A beam search of which only the order of the rows is drawn, one finish at a time.
+
+    Of draws without replacement the next is a child of a row seen before, or the first child of another row; which row
+    that is follows from the order of the rows.
+    """
+
+    def survivors(self, beam: Beam | None, children: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        p = children.exp()  # [*N, rows, S]
+        rows, outcomes = p.shape[-2:]
+        row = torch.arange(rows).repeat_interleave(outcomes)  # [rows * S]
+        mass = p.sum(-1) if beam is None else beam.log_p.exp()  # [*N, rows]
+        rest = torch.zeros_like(mass[..., 0]) if beam is None else beam.rest.exp()
+        opened = torch.zeros_like(rest, dtype=torch.long)  # rows seen so far
+        left, places = p.flatten(-2), []
+        free = torch.ones_like(left)
+        for _ in range(k):
+            unseen = torch.where(torch.arange(rows) >= opened.unsqueeze(-1), mass, 0.0).sum(-1) + rest
+            old = torch.where(row < opened.unsqueeze(-1), left, 0.0)
+            first = torch.where(row == opened.unsqueeze(-1), left, 0.0)
+            scale = unseen.unsqueeze(-1) / first.sum(-1, keepdim=True).clamp_min(1e-300)
+            table = old + first * scale
+            none = table.sum(-1, keepdim=True) == 0  # no sequence is left: the first place not taken yet
+            table = torch.where(none, torch.where(free.cumsum(-1) == 1, free, 0.0), table)
+            place = choose(table / table.sum(-1, keepdim=True))
+            opened = torch.where(place // outcomes == opened, opened + 1, opened)
+            left, free = (part.scatter(-1, place.unsqueeze(-1), 0.0) for part in (left, free))
+            places.append(place)
+        order = -torch.arange(k, dtype=p.dtype).expand([*rest.shape, k])
+        return torch.stack(places, -1), order, torch.zeros_like(rest)
+
+
 @dataclass(frozen=True)
 class FiniteCARMS(CARMS):
     """`CARMS` with its rows drawn from the table of their joint law, derived apart from it."""
@@ -126,7 +159,7 @@ class FiniteCARMS(CARMS):
 
 
 @dataclass(frozen=True)
-class FiniteUnorderedSet(UnorderedSet):
+class FiniteUnorderedSet(FiniteBeam, UnorderedSet):
     """`UnorderedSet` with its race run one finish at a time."""
 
     def race(self, log_p: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +171,7 @@ class FiniteUnorderedSet(UnorderedSet):
 
 
 @dataclass(frozen=True)
-class FiniteWithoutReplacement(WithoutReplacement):
+class FiniteWithoutReplacement(FiniteBeam, WithoutReplacement):
     """`WithoutReplacement` with the time of the next arrival by quadrature, for each set."""
 
     nodes: int = 48
@@ -147,15 +180,36 @@ class FiniteWithoutReplacement(WithoutReplacement):
         p = log_p.exp()
         sets = torch.tensor(list(itertools.combinations(range(p.shape[-1]), k)))  # [sets, k]
         inside = p[..., sets]  # [*N, sets, k]
-        rest = (p.sum(-1, keepdim=True) - inside.sum(-1)).unsqueeze(-1)  # [*N, sets, 1]
         if k == p.shape[-1]:
             return sets[0].expand(inside.shape[:-2] + (k,)), torch.full_like(p[..., 0], math.inf)
-        x, w = (torch.tensor(part, dtype=p.dtype) / 2 for part in gauss_legendre(self.nodes))
-        t = 40 / rest * (x + 0.5) ** 2
-        arrived = (-torch.expm1(-inside.unsqueeze(-1) * t.unsqueeze(-2))).prod(-2)  # [*N, sets, nodes]
-        mass = rest * torch.exp(-rest * t) * arrived * (80 / rest * (x + 0.5) * w)
+        t, mass = _arrivals(inside, p.sum(-1, keepdim=True) - inside.sum(-1), self.nodes)  # [*N, sets, nodes]
         place = choose(mass.flatten(-2))
         return pick(sets, place // self.nodes), t.flatten(-2).gather(-1, place.unsqueeze(-1)).squeeze(-1).log()
+
+    def threshold(self, state: Beam) -> Tensor:
+        rest = state.rest.exp()
+        t, mass = _arrivals(state.log_p.exp(), torch.where(rest > 0, rest, 1.0), self.nodes)
+        node = choose(mass / mass.sum(-1, keepdim=True))
+        found = t.gather(-1, node.unsqueeze(-1)).squeeze(-1)
+        return torch.where(rest > 0, -found.log(), -math.inf)
+
+
+def _arrivals(inside: Tensor, rest: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """Times at which the first of the rest may arrive after all of a set, and how probable each is.
+
+    Args:
+        inside: rates of the set ``[*N, k]``.
+        rest: rate of all others ``[*N]``.
+        nodes: of the quadrature.
+
+    Returns:
+        Times and probabilities ``[*N, nodes]``.
+    """
+    x, w = (torch.tensor(part, dtype=rest.dtype) / 2 for part in gauss_legendre(nodes))
+    rate = rest.unsqueeze(-1)
+    t = 40 / rate * (x + 0.5) ** 2
+    arrived = (-torch.expm1(-inside.unsqueeze(-1) * t.unsqueeze(-2))).prod(-2)  # [*N, nodes]
+    return t, rate * torch.exp(-rate * t) * arrived * (80 / rate * (x + 0.5) * w)
 
 
 def finite_sets() -> Mapping[str, Callable[[int], SubsetEstimator]]:

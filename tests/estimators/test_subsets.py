@@ -187,13 +187,18 @@ UNORDERED = {
 """Kool, van Hoof and Welling 2020, figure 1: variance of the built-in baseline for k = 2 … 8, exact."""
 
 
+def weights_of(log_p: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`set_weights` of the outcomes at ``index``, ``[*N, k]``, of all, ``[*N, S]``."""
+    return set_weights(log_p.gather(-1, index), log_p.scatter(-1, index, -math.inf).logsumexp(-1))
+
+
 @pytest.mark.parametrize("eta", UNORDERED)
 @pytest.mark.parametrize("k", range(2, 9))
 def test_published_variances_of_the_unordered_set(k: int, eta: float) -> None:
     log_p, slope = coin_score(eta)
     sets = torch.tensor(list(itertools.combinations(range(8), k)))
     mass = torch.stack([_first_of(log_p.exp(), found) for found in sets.tolist()])  # P(S), by its orders
-    weight, leave_one_out = set_weights(log_p.expand(len(sets), 8), sets)
+    weight, leave_one_out = weights_of(log_p.expand(len(sets), 8), sets)
     costs = COSTS[sets]
     advantage = costs - (leave_one_out * costs.unsqueeze(-2)).sum(-1)
     estimate = (weight * advantage * slope[sets]).sum(-1)
@@ -221,7 +226,7 @@ def test_weights_by_their_definition() -> None:
     """Not the leave-two-out index: P of the rest of the set drawn from the support less one, and less two."""
     p = torch.tensor([0.05, 0.3, 0.1, 0.15, 0.4], dtype=torch.float64)
     members = [3, 0, 4]
-    weight, second = set_weights(p.log(), torch.tensor(members))
+    weight, second = weights_of(p.log(), torch.tensor(members))
     for s, member in enumerate(members):
         others = [m for m in members if m != member]
         less_one = _first_of(_without(p, [member]), others)
@@ -335,7 +340,7 @@ def test_extreme_probabilities_are_finite(name: str, k: int, dtype: torch.dtype)
 def test_weights_do_not_underflow() -> None:
     """Outcomes of probability e^-200 in a set: their order still follows from the ratios."""
     log_p = torch.tensor([0.0, -200.0, -201.0, -202.0]).log_softmax(-1)
-    weight, second = set_weights(log_p, torch.tensor([1, 2]))
+    weight, second = weights_of(log_p, torch.tensor([1, 2]))
     torch.testing.assert_close(weight.sum(), torch.ones(()), rtol=1e-4, atol=0)
     assert second.isfinite().all() and (weight > 0).all()
 
