@@ -154,10 +154,8 @@ def main() -> None:
             continue
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers", "--here", "--only", name]
         done = subprocess.run([*command, "--pairs", str(args.pairs)], capture_output=True, text=True)
-        row = done.stdout.strip().splitlines()[-1:] or [
-            f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} | |"
-        ]
-        print(f"{row[0]}  <!-- {package} {importlib.metadata.version(package)} -->", flush=True)
+        rows = done.stdout.strip().splitlines() or [f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} | |"]
+        print(rows[-1].replace("| ", f"| {package} {importlib.metadata.version(package)}: ", 1), flush=True)
 
 
 if __name__ == "__main__":
