@@ -49,3 +49,10 @@ def test_the_benchmarks_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.run", "--quick", "--no-inductor", "--out", str(tmp_path / "table.md")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert "VAE, eager" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_reproductions_run() -> None:
+    command = [sys.executable, "-m", "benchmarks.papers", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.count("| what | theirs | ours | holds |") == 6

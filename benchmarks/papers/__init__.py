@@ -1,0 +1,1 @@
+"""Settings of papers run again, their closed forms or printed figures beside ours."""
