@@ -33,7 +33,7 @@ class HigherOrder(Interpreter):
             edge = self.graph.credit.get((site.name, cost))
             if edge is None:
                 continue
-            log_p = self._log_prob(site.dist, self.env[site.name], site.name)
+            log_p = self.log_prob(site.dist, self.env[site.name], site.name)
             part = Batched(spread(log_p.tensor, len(log_p.dims), edge, value.shape), log_p.dims)
             exponent = part if exponent is None else self._add(exponent, part)
         if exponent is not None:

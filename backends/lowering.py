@@ -23,7 +23,7 @@ from torch.distributions import Distribution, OneHotCategorical, TransformedDist
 from torch.distributions.constraints import Constraint
 
 from scg.analysis.factors import elimination_plan
-from scg.analysis.influence import Influence
+from scg.analysis.influence import Influence, influence
 from scg.analysis.support import finite_support
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape, stop_gradient
 from scg.backends.beams import Layout, Lineage, Rows
@@ -192,7 +192,7 @@ class Interpreter:
                 self.env[node.name] = self._draw(node)
             case LogProb():
                 stop = self._stops_score(node)
-                self.env[node.name] = self._log_prob(node.dist, self.env[node.value], node.value, stop=stop)
+                self.env[node.name] = self.log_prob(node.dist, self.env[node.value], node.value, stop=stop)
             case Opaque():
                 self.env[node.name] = self._opaque(node)
             case Cost() | Depends():
@@ -231,7 +231,7 @@ class Interpreter:
     def _param_dims(self, ref: str) -> tuple[str, ...]:
         return self.dims.union(*(param.dims for param in self.params[ref]))
 
-    def _log_prob(self, ref: str, value: Batched, source: str, *, stop: bool = False) -> Batched:
+    def log_prob(self, ref: str, value: Batched, source: str, *, stop: bool = False) -> Batched:
         """``[*dims | *B]`` for the union of the parameters' and the value's dims; ``stop`` detaches the parameters."""
         template = self.dist_node(ref).template
         rank = len(template.batch_shape) + len(template.event_shape)
@@ -357,7 +357,7 @@ class Interpreter:
             self._outcomes[key] = record_constant(make)
         outcomes = self._outcomes[key]
         value = Batched(outcomes.expand([-1, *shape]), (site.name,))
-        log_p = self._log_prob(site.dist, value, "")  # [*dims, R | *elements]
+        log_p = self.log_prob(site.dist, value, "")  # [*dims, R | *elements]
         self._check(site, self.distribution(site.dist, self._param_dims(site.dist)))
         lead = len(log_p.dims)
         full = log_p.tensor.expand([*log_p.tensor.shape[:lead], *elements]) if log_p.shape != elements else log_p.tensor
@@ -487,6 +487,12 @@ class Interpreter:
     def coefficients(self) -> Mapping[str, Coefficient]:
         """What each cost is multiplied by in the objective."""
         return self._coefficients(lambda ref: self._unmoved(ref).tensor, lambda made: record_constant(lambda: made))
+
+    @functools.cached_property
+    def direct(self) -> Influence:
+        """How values depend on sites along paths that pass no other draw."""
+        with compile_time():
+            return influence(self.graph, [site.name for site in self.graph.of(Sample)], through_sites=False)
 
     def learns(self, site: Sample) -> bool:
         return any(param.tensor.requires_grad for param in self.params[site.dist])

@@ -60,6 +60,10 @@ class Signals:
         if not edges:
             return None
         scale = self.scale(edges)
+        return self.total(edges, dims, scale), scale
+
+    def total(self, edges: Sequence[CreditEdge], dims: tuple[str, ...], scale: float) -> Tensor:
+        """The sum of what these costs credit a site with, ``scale`` taken out.  ``[*dims | *elements]``"""
         groups: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
         for edge in edges:
             value = self._shared(edge, dims, scale)
@@ -69,7 +73,7 @@ class Signals:
             part = self._running_sum(shape, members)
             total = part if total is None else total + part
         assert total is not None
-        return total, scale
+        return total
 
     def scale(self, edges: Sequence[CreditEdge]) -> float:
         """What is taken out of the coefficients of these costs: the largest where all are numbers."""
@@ -100,20 +104,26 @@ class Signals:
     def share(self, edge: CreditEdge, dims: tuple[str, ...], scale: float, cost: Batched | None = None) -> Tensor:
         cost = self._detached_cost(edge.cost) if cost is None else cost
         value = self.expectation(cost, edge.cost, keep=dims, detach=True)
-        tensor = self.dims.align(value, dims, full=False) if value.dims else value.tensor
-        if not value.dims and dims:
-            tensor = tensor.reshape([1] * len(dims) + list(value.shape))
+        tensor = self._placed(value, dims)
         coefficient = self.coefficients[edge.cost]
         if coefficient.uniform is None:
             assert coefficient.tensor is not None
             tensor = tensor * coefficient.tensor.detach()
             if scale != 1.0:
                 tensor = tensor / scale
-        lead = len(dims)
-        tensor = credit_sum(tensor, lead, edge, self._element_shape(edge.site))
+        tensor = credit_sum(tensor, len(dims), edge, self._element_shape(edge.site))
         if coefficient.uniform is not None and coefficient.uniform != scale:
             tensor = tensor * (coefficient.uniform / scale)
         return tensor if edge.share == 1.0 else tensor * edge.share
+
+    def credited_sum(self, edge: CreditEdge, dims: tuple[str, ...], value: Batched) -> Tensor:
+        """The elements of any value summed into those of the site that they teach.  ``[*dims | *elements]``"""
+        return credit_sum(self._placed(value, dims), len(dims), edge, self._element_shape(edge.site))
+
+    def _placed(self, value: Batched, dims: tuple[str, ...]) -> Tensor:
+        if value.dims or not dims:
+            return self.dims.align(value, dims)
+        return value.tensor.reshape([1] * len(dims) + list(value.shape))
 
     def _detached_cost(self, cost: str) -> Batched:
         if cost not in self._detached:

@@ -272,25 +272,41 @@ class Rows:
         return Batched(chosen.tensor.sum([chosen.dims.index(name) for name in names]), kept)
 
     # -- credit -------------------------------------------------------------------------------------------------------
+    def lead_of(self, level: Level) -> tuple[str, ...]:
+        """The sample dims of a value with rows along all joined dims but ``level``."""
+        return (*self.lead, *(self.names[dim] for dim in self.rows if dim not in level), *self.of.dims)
+
     def share(self, edge: CreditEdge, value: Batched, level: Level, scale: float) -> Tensor:
-        """What a cost credits each element with in its own row.
+        """What a cost credits each element with in its own row: `own_of` its credits."""
+        return self.own_of(self.child.signals.share(edge, self.lead_of(level), scale, value), level)
+
+    def own_of(self, credited: Tensor, level: Level) -> Tensor:
+        """Of credits in all rows, those of each element in its own.
+
+        Args:
+            credited: ``[*lead_of(level) | *elements]``, of size 1 along elements where it does not vary.
+            level: along which joined dims there are no rows.
 
         Returns:
-            ``[R, *dims | *elements]``, of size 1 along elements where it does not vary; along a joined dim with rows,
-            of those.
+            ``[R, *dims | *elements]``; along a joined dim with rows, of those.
         """
-        rowed = [dim for dim in self.rows if dim not in level]
-        lead = (*self.lead, *(self.names[dim] for dim in rowed), *self.of.dims)
-        share = self.child.signals.share(edge, lead, scale, value)
-        first = len(self.lead)
-        for done, dim in enumerate(rowed):
-            axis = len(lead) - done + dim  # of the element dim; that of its rows is the first behind the outcomes
-            if share.shape[axis] == 1:
-                share = share.squeeze(axis).movedim(first, axis - 1)
+        lead, first = len(self.lead_of(level)), len(self.lead)
+        for done, dim in enumerate(dim for dim in self.rows if dim not in level):
+            axis = lead - done + dim  # of the element dim; that of its rows is the first behind the outcomes
+            if credited.shape[axis] == 1:
+                credited = credited.squeeze(axis).movedim(first, axis - 1)
             else:
                 rows = self.rows[dim]
-                share = share.narrow(axis, rows.start, len(rows)).diagonal(0, first, axis).movedim(-1, axis - 1)
-        return share if self.lead else share.unsqueeze(0)
+                credited = credited.narrow(axis, rows.start, len(rows)).diagonal(0, first, axis).movedim(-1, axis - 1)
+        return credited if self.lead else credited.unsqueeze(0)
+
+    def unchanged(self, credited: Tensor, level: Level) -> Tensor:
+        """Credits without any change ``[*dims | *elements]`` as `own_of` lays them out."""
+        for dim, rows in self.rows.items():
+            axis = len(self.of.dims) + dim
+            if dim not in level and credited.shape[axis] > 1:
+                credited = credited.narrow(axis, rows.start, len(rows))
+        return credited.unsqueeze(0)
 
 
 class _Values(dict[str, Any]):

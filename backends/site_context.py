@@ -12,10 +12,11 @@ from torch.distributions import Distribution
 from scg.backends import runtime
 from scg.backends.batching import Batched
 from scg.backends.cuts import Below, causal_dim, cut_below
+from scg.backends.hindsight import hindsight
 from scg.backends.recorder import compile_time, record_call
 from scg.backends.reruns import rerun
 from scg.backends.single_changes import changed_signal
-from scg.estimators.base import Rerun, RowEstimator, SiteInfo
+from scg.estimators.base import Hindsight, Rerun, RowEstimator, SiteInfo
 from scg.ir import Input, Sample
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Context:
 
     @functools.cached_property
     def log_prob(self) -> Tensor:
-        found = self._of._log_prob(self._site.dist, self._of.env[self._site.name], self._site.name)
+        found = self._of.log_prob(self._site.dist, self._of.env[self._site.name], self._site.name)
         return self._of.dims.align(found, self.dims)
 
     def score_times(self, multiplier: Tensor) -> Tensor:
@@ -70,6 +71,9 @@ class Context:
 
     def change_one(self, outcomes: Tensor, rest: Tensor | None = None) -> Tensor:
         return changed_signal(self._of, self._site, self.dims, outcomes, rest)
+
+    def hindsight(self, outcomes: Tensor) -> Hindsight:
+        return hindsight(self._of, self._site, self.dims, outcomes)
 
     def variables(self) -> tuple[Distribution, list[Tensor], list[Tensor]]:
         fixed = self.parameters()

@@ -21,6 +21,7 @@ from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.go_gradient import GoGradient
 from scg.estimators.gumbel_rao import GumbelRao
 from scg.estimators.gumbel_softmax import GumbelSoftmax
+from scg.estimators.hnca import HNCA
 from scg.estimators.indecater import IndeCateR
 from scg.estimators.lax import Lax
 from scg.estimators.local_expectation import LocalExpectation
@@ -42,7 +43,7 @@ from scg.estimators.without_replacement import WithoutReplacement
 
 GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "The three that `auto` chooses from": (Reparam, ScoreFunction, Enumerate),
-    "Single changes of the draw": (LocalExpectation, MeasureValued, IndeCateR, BitFlip, StochasticAD, GoGradient),
+    "Single changes of the draw": (LocalExpectation, HNCA, MeasureValued, IndeCateR, BitFlip, StochasticAD, GoGradient),
     "Antithetic draws": (DisARM, ARM, ARMS, ARSM, CARMS),
     "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
     "Control variates": (Relax, Rebar, Lax, MuProp, DoubleCV, Rodeo),

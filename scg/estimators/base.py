@@ -232,6 +232,20 @@ class NextSite(Protocol):
         """Sums ``[*its dims | *its elements]`` into the elements above that influence it.  ``[*dims | *elements]``"""
 
 
+@dataclass(frozen=True)
+class Hindsight:
+    """What single changes do where all draws below stay as drawn; ``R`` outcomes of each element."""
+
+    alone: Tensor | None
+    """By how much the costs that no next draw moves would change.  ``[R, *dims | *elements]``"""
+    later: Tensor | None = None
+    """The signal as drawn of the costs that some next draw moves; None if there are none.  ``[*dims | *elements]``"""
+    gain: Tensor | None = None
+    """By how much these would change, the draws kept; None where they would not.  ``[R, *dims | *elements]``"""
+    log_ratio: Tensor | None = None
+    """Log likelihood of the next draws, less that at the draw.  ``[R, *dims | *elements]``"""
+
+
 class SiteContext(Protocol):
     """What a score-type estimator sees of its site when the surrogate is built.
 
@@ -292,6 +306,18 @@ class SiteContext(Protocol):
 
         Returns:
             ``[R, *dims | *elements]``, of size 1 along elements that are not joined where it does not vary.
+        """
+
+    def hindsight(self, outcomes: Tensor) -> Hindsight:
+        """Costs, and the likelihood of the draws below, where each element alone takes an outcome.
+
+        Only what lies between the site and the next draws is evaluated.
+
+        Args:
+            outcomes: ``[R, *dims | *elements | *event]``.
+
+        Raises:
+            EstimatorError: where a next draw does not follow its density, with the place.
         """
 
     def add(self, surrogate: Tensor) -> None:
