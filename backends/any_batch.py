@@ -122,7 +122,7 @@ class _Merge:
 
     def _ratio(self, values: Sequence[float]) -> fx.Node | None:
         """A constant times, or over, a power of the batch size or what leaving one out makes of it."""
-        single = all(value == torch.tensor(value, dtype=torch.float32).item() for value in values)
+        single = all(map(_is_single, values))
         close = functools.partial(math.isclose, rel_tol=4e-7 if single else 1e-12)
         for powers, shape in _SHAPES.items():
             factors = [value / shape(size) for value, size in zip(values, self.sizes, strict=True)]
@@ -195,6 +195,15 @@ def _same(a: Any, b: Any) -> bool:
         return True
     settings = getattr(a, "__dict__", None)
     return callable(a) and bool(settings) and settings == b.__dict__
+
+
+def _is_single(value: float) -> bool:
+    """A number of float32 precision, or one over a number of draws."""
+    for draws in range(1, 65):
+        whole = value * draws
+        if math.isclose(whole, torch.tensor(whole, dtype=torch.float32).item(), rel_tol=1e-15):
+            return True
+    return False
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

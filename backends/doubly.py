@@ -53,7 +53,7 @@ def weigh_paths(run: Interpreter, node: Bound, bound: Tensor, value: Batched, ax
         mixed = tuple(tied is None for tied in axes)
         placed = credit_sum(factor, len(value.dims), CreditEdge(site.name, "", axes, mixed, ()), elements)
         placed = placed.reshape([*placed.shape, *[1] * (draw.tensor.dim() - placed.dim())])
-        bound = record_call(WeighPath(), bound, draw.tensor, placed)
+        bound = record_call(_WEIGH_PATH, bound, draw.tensor, placed)
     return bound
 
 
@@ -69,3 +69,6 @@ class WeighPath:
 
     def __call__(self, value: Tensor, draw: Tensor, factor: Tensor) -> Tensor:
         return runtime.weigh_path(value, draw, factor)
+
+
+_WEIGH_PATH = WeighPath()  # one for all: programs that differ in their batch size alone have equal leaves

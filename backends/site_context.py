@@ -113,7 +113,7 @@ class Context:
         self.surrogate = surrogate if self.surrogate is None else self.surrogate + surrogate
 
     def variable(self, value: Tensor) -> Tensor:
-        return record_call(Variable(), value)  # type: ignore[no-any-return]
+        return record_call(_VARIABLE, value)  # type: ignore[no-any-return]
 
     def read(self, names: tuple[str, ...] | None) -> list[Tensor]:
         found = []
@@ -149,6 +149,9 @@ class Variable:
 
     def __call__(self, value: Tensor) -> Tensor:
         return runtime.variable(value)
+
+
+_VARIABLE = Variable()  # one for all: programs that differ in their batch size alone have equal leaves
 
 
 class InputGradient:

@@ -53,6 +53,20 @@ class Lookup(nn.Module):
         return ((mixed - x) ** 2).sum(-1).mean() + (torch.arange(x.shape[0]) * e[:, 0]).mean()
 
 
+class Bounded(nn.Module):
+    """A multi-sample bound of every example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec = nn.Linear(5, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = Normal(self.enc(x), 0.7)
+        z = q.sample()
+        log_p = Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(-1) - ((self.dec(z) - x) ** 2).sum(-1)
+        return scg.multisample(q.log_prob(z).sum(-1) - log_p).mean()
+
+
 def _step(loss_fn: scg.CompiledModule, x: Tensor) -> list[Tensor]:
     torch.manual_seed(1)
     loss_fn.zero_grad()
@@ -71,6 +85,8 @@ def _step(loss_fn: scg.CompiledModule, x: Tensor) -> list[Tensor]:
         (VAE, {"estimator": "local_expectation"}),
         (VAE, {"estimator": "gumbel_softmax", "samples": 2}),
         (VAE, {"estimator": "enumerate"}),
+        (VAE, {"estimator": "muprop", "samples": 3}),
+        (Bounded, {"estimator": "dreg", "samples": 3}),
         (Steps, {"samples": 2}),
         (Lookup, {"samples": 2}),
         (Lookup, {}),
