@@ -45,7 +45,9 @@ def draw_in_sequence(run: Interpreter, site: Sample) -> Batched:
     if first:
         log_p = log_p.unsqueeze(1 + place.row)
     log_p = place.apart(log_p.to(torch.promote_types(log_p.dtype, torch.float32)))
-    context = SequenceContext(frame.offset(site.name), sum(frame.lengths.values()), run.states.get(frame.name))
+    context = SequenceContext(
+        frame.offset(site.name), frame.length, run.states.get(frame.name), run.training and run.learning
+    )
     step = estimator.grow(None if first else run.sequences[frame.name], log_p, context)
     run.sequences[frame.name] = step.state
     if step.parents is not None:

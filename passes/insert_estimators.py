@@ -104,6 +104,8 @@ class _Choice:
             self._costs_of.setdefault(name, []).append(cost)
         self.summed = {str(site.node): node for node in graph.of(Marginal) for site in node.sites}
         """Sites inside of a marginal likelihood, and which."""
+        self._made: dict[str, Estimator | None] = {}
+        """Estimators asked for by name, by glob."""
         self.rows: dict[str, int] = {}
         """Of each site enumerated so far."""
 
@@ -121,7 +123,7 @@ class _Choice:
                 f"%{site.name} ({site.loc}) is replayed, but no cost is credited to it: declare the influence with "
                 f"scg.depends(reward, on={site.name}, dims=(…))"
             )
-        explicit = get_estimator(requested)
+        explicit = self._object(requested, source)
         info = self.info(site)
         if explicit is not None and (source != "default" or learns or isinstance(explicit, EnumeratingEstimator)):
             if not credited and source == "default":
@@ -147,6 +149,14 @@ class _Choice:
         if not learns:
             return self._set(site, None, "no parameter to learn: exogenous noise")
         return self._auto(site, info)
+
+    def _object(self, requested: Any, source: str) -> Estimator | None:
+        """The estimator that was asked for: one object a glob, which sites of a sequence share."""
+        if not isinstance(requested, str) or source.startswith("scg.sample"):
+            return get_estimator(requested)
+        if source not in self._made:
+            self._made[source] = get_estimator(requested)
+        return self._made[source]
 
     def _sum_out(self, site: Sample, requested: Any, source: str) -> Sample:
         """A site inside of a marginal likelihood: a logarithm of draws would be another objective."""

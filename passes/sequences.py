@@ -96,8 +96,8 @@ def _check_rows(graph: Graph, frame: Frame) -> None:
         assert support is not None
         outcomes *= math.exp(min(frame.lengths[site.name] * math.log(max(len(support), 1)), 700.0))
     first = graph[frame.name]
-    assert isinstance(first, Sample) and isinstance(first.estimator, RowEstimator)
-    if first.estimator.rows > round(outcomes):
+    assert isinstance(first, Sample) and isinstance(first.estimator, SequenceEstimator)
+    if first.estimator.distinct and first.estimator.rows > round(outcomes):
         sites = ", ".join(f"%{name}" for name in frame.sites)
         raise _misfit(
             first,

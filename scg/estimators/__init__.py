@@ -26,6 +26,7 @@ from scg.estimators.indecater import IndeCateR
 from scg.estimators.lax import Lax
 from scg.estimators.local_expectation import LocalExpectation
 from scg.estimators.lookup import near_miss
+from scg.estimators.mapo import Mapo
 from scg.estimators.measure_valued import MeasureValued
 from scg.estimators.muprop import MuProp
 from scg.estimators.nvil import NVIL
@@ -45,7 +46,7 @@ GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "The three that `auto` chooses from": (Reparam, ScoreFunction, Enumerate),
     "Single changes of the draw": (LocalExpectation, HNCA, MeasureValued, IndeCateR, BitFlip, StochasticAD, GoGradient),
     "Antithetic draws": (DisARM, ARM, ARMS, ARSM, CARMS),
-    "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample),
+    "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample, Mapo),
     "Control variates": (Relax, Rebar, Lax, MuProp, DoubleCV, Rodeo),
     "Critics": (Critic, ActorCritic, CriticOnly, GradientCritic, NVIL),
     "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),

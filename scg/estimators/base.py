@@ -72,6 +72,8 @@ class SiteInfo:
     """Why only pathwise estimators are legal here (an ``rsample`` with both stopped and open paths into one cost)."""
     joined: tuple[int, ...] = ()
     """Element dims of which one cost may see several indices."""
+    length: int = 0
+    """Of the first site of a sequence: how many joined elements all its sites have."""
     index_use: str | None = None
     """Of a Categorical: the use of its index that stands against writing it as a one-hot, with the place."""
     doubly_break: str | None = None
@@ -443,6 +445,9 @@ class SequenceEstimator(RowEstimator):
     the rows, and element dims of which no cost sees two indices.
     """
 
+    distinct: ClassVar[bool] = True
+    """Whether no two rows hold the same outcome."""
+
     @property
     def joins_sites(self) -> bool:
         """Whether it was asked to."""
@@ -474,6 +479,8 @@ class SequenceContext:
     """How many all of them have."""
     module: Any = None
     """What `Estimator.make_state` made for the first site."""
+    training: bool = False
+    """Whether it may move."""
 
 
 class EnumeratingEstimator(Estimator):

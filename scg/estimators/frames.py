@@ -43,6 +43,11 @@ class Frame:
     def last(self) -> str:
         return self.sites[-1]
 
+    @property
+    def length(self) -> int:
+        """How many joined elements all sites have."""
+        return sum(self.lengths.values())
+
     def offset(self, site: str) -> int:
         """How many joined elements the sites before ``site`` have."""
         before = self.sites[: self.sites.index(site)]

@@ -8,6 +8,7 @@ from scg.analysis.contexts import contexts
 from scg.analysis.influence import Influence, influence
 from scg.analysis.support import finite_support
 from scg.estimators.base import SiteInfo
+from scg.estimators.frames import frames
 from scg.estimators.rows import joined_dims
 from scg.ir import Dist, Graph, Input, Sample, TensorType
 
@@ -18,20 +19,22 @@ def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
     found: Influence | None = None
     along_batch = _BatchDims(graph)
     for site in graph.of(Sample):
-        if site.estimator is None or not site.credits:
+        if site.estimator is None or not site.credits or site.row_dim != site.name:
             continue
         key = site.name.replace(".", "_")
         if key not in owner:
             dist = graph[site.dist]
             assert isinstance(dist, Dist)
             found = found or influence(graph)
+            frame = frames(graph, found)[site.name] if site.sequence else None
             info = SiteInfo(
                 site.name,
                 dist.template,
                 site.tensor.shape,
                 site.tensor.event_ndim,
                 support=finite_support(graph, dist),
-                joined=joined_dims(graph, found, site),
+                joined=joined_dims(graph, found, site) if frame is None else frame.joined[site.name],
+                length=0 if frame is None else frame.length,
                 context=context_values(graph, site),
             )
             made = site.estimator.make_state(info, along_batch(site), draws(graph, site))
