@@ -16,7 +16,7 @@ from scg.backends.coefficients import CoefficientRule
 from scg.estimators.base import EnumeratingEstimator, Estimator, RowEstimator, ScoreEstimator
 from scg.estimators.relaxed import Relaxation
 from scg.estimators.score_function import ScoreFunction
-from scg.ir import Cost, Dist, Graph, Input, LogProb, Op, Opaque, Param, Ref, Sample
+from scg.ir import Cost, Dist, Expected, Graph, Input, LogProb, Op, Opaque, Param, Ref, Sample
 from scg.report import estimator_texts
 
 _GREEK = "alpha beta gamma delta epsilon eta theta lambda mu nu phi psi rho sigma tau omega".split()
@@ -99,6 +99,9 @@ class _Writer:
         node = self.graph[ref]
         if isinstance(node, LogProb):
             return r"\log " + self._family(node.dist, self._expression(node.value, 0) + r";\, ")
+        if isinstance(node, Expected):
+            families = r" \,\|\, ".join(map(self._family, node.dists))
+            return rf"\mathrm{{{_escape(node.form_name)}}}\big({families}\big)"
         if isinstance(node, Op) and depth:
             reads = ", ".join(self._expression(read, depth - 1) for read in node.inputs)
             name = node.op_name.partition(".")[0]

@@ -27,6 +27,7 @@ from scg.analysis.influence import Influence, influence
 from scg.analysis.support import finite_support
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape, stop_gradient
 from scg.backends.beams import Layout, Lineage, Rows
+from scg.backends.closed_form import closed_form
 from scg.backends.coefficients import Coefficient, CoefficientRule
 from scg.backends.doubly import weigh_paths
 from scg.backends.draw_call import LOOPS, DrawCall
@@ -55,6 +56,7 @@ from scg.ir import (
     Cost,
     Depends,
     Dist,
+    Expected,
     Graph,
     Input,
     LogProb,
@@ -193,6 +195,8 @@ class Interpreter:
             case LogProb():
                 stop = self._stops_score(node)
                 self.env[node.name] = self.log_prob(node.dist, self.env[node.value], node.value, stop=stop)
+            case Expected():
+                self.env[node.name] = closed_form(self, node, self.params)
             case Opaque():
                 self.env[node.name] = self._opaque(node)
             case Cost() | Depends():

@@ -94,6 +94,8 @@ class Recorder(TorchFunctionMode):
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []  # ids are only unique among living objects
         self._shared: dict[Hashable, Any] = {}
+        self._handed_out: set[int] = set()
+        """Ids of results that stand for more than one call."""
         self._constant_of: dict[int, Tensor] = {}
         self._placeholders: list[fx.Node] = []
         self.externals: dict[int, str] = {}
@@ -156,7 +158,7 @@ class Recorder(TorchFunctionMode):
         name = _function_name(func)
         if name == "__get__":
             return self._property(func, args)
-        if name == "__setitem__" and self._is_own_copy(args[0]) and _is_masked_fill(*args):
+        if name == "__setitem__" and _is_masked_fill(*args) and self._is_own(args[0]):
             self._nodes[id(args[0])] = self.node(self.call(torch.where, args[1], args[2], args[0]))
             return None
         if name == "__setitem__":
@@ -186,6 +188,7 @@ class Recorder(TorchFunctionMode):
         in_place = name.endswith("_") and not name.endswith("__")
         key = None if in_place or name in _RANDOM or not _is_shared(func) else self._key(func, flat, spec)
         if key is not None and key in self._shared:
+            self._handed_out.add(id(self._shared[key]))
             return self._shared[key]
         with torch._C.DisableTorchFunction():
             out = getattr(func, "fake", func)(*args, **kwargs)
@@ -216,11 +219,11 @@ class Recorder(TorchFunctionMode):
             return self.call(getattr, args[0], name)
         return self.call(torch.Tensor.detach, args[0]) if name == "data" else out
 
-    def _is_own_copy(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is a copy without views; if so it is not shared from here on."""
+    def _is_own(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is a result without views that one call alone was given; if so it is no longer shared."""
         storage = tensor.untyped_storage()._cdata
         others = (item for item in self._alive if isinstance(item, FakeTensor) and item is not tensor)
-        if self.node(tensor).target not in ("clone", torch.clone):
+        if self.node(tensor).op in ("placeholder", "get_attr") or id(tensor) in self._handed_out:
             return False
         if any(item.untyped_storage()._cdata == storage for item in others):
             return False

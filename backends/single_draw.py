@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from scg.backends.batching import Batched
+from scg.backends.closed_form import closed_form
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.recorder import record_call
-from scg.ir import Bound, Cost, Depends, Dist, LogProb, Marginal, Node, Op, Opaque, Sample, map_refs
+from scg.ir import Bound, Cost, Depends, Dist, Expected, LogProb, Marginal, Node, Op, Opaque, Sample, map_refs
 
 if TYPE_CHECKING:
     from scg.backends.lowering import Interpreter
@@ -59,6 +60,8 @@ class SingleDraw:
                 extra = [1] * max(value.ndim - len(template.batch_shape) - len(template.event_shape), 0)
                 dist = of.distribution(node.dist, (), extra, self.params[node.dist])
                 self.env[node.name] = Batched(dist.log_prob(value.tensor))
+            case Expected():
+                self.env[node.name] = closed_form(of, node, self.params)
             case Opaque():
                 plain = map_refs(lambda ref: self.env[ref].tensor, tuple(node.args))
                 out = record_call(OpaqueCall(node, (), tuple(False for _ in plain)), *plain)

@@ -21,6 +21,7 @@ from scg.ir import (
     Cost,
     Depends,
     Dist,
+    Expected,
     Graph,
     Input,
     LogProb,
@@ -45,7 +46,7 @@ _MOVES = frozenset(
 )
 """Operations that only move data: left out of a block's summary where others are there to name."""
 
-_BLOCK = (Op, LogProb, Depends, Bound, Marginal)
+_BLOCK = (Op, LogProb, Expected, Depends, Bound, Marginal)
 """The kinds of nodes that deterministic blocks are made of."""
 
 _MOST = 20
@@ -160,7 +161,12 @@ class _Group:
 
     @property
     def anonymous(self) -> bool:
-        return not self.label and isinstance(self.members[-1], _BLOCK)
+        return not self.label and isinstance(self.members[-1], _BLOCK) and not self.closed_form
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether it holds an expectation in closed form: a box of its own says so."""
+        return any(isinstance(node, Expected) for node in self.members)
 
     @property
     def title(self) -> str:
@@ -231,6 +237,8 @@ class _Blocks:
             self.home[member.name] = key
 
     def _joinable(self, other: _Group, group: _Group) -> bool:
+        if isinstance(group.members[0], Expected):
+            return False
         return isinstance(other.members[-1], _BLOCK) and (other.label, other.sites) == (group.label, group.sites)
 
     def _cyclic(self, keys: set[int], target: int) -> bool:
@@ -362,6 +370,8 @@ class _Builder:
             return self._add(_kind(self.graph, last), _lines(self.graph, last), group.members)
         summary = _summary(self.graph, group.members)
         lines = [_line(group.title, "title"), _line(summary, "small")] if group.label else [_line(summary, "plain")]
+        if group.closed_form:
+            lines.append(_line("closed form", "accent"))
         leaving = [node for node in group.members if node.name in blocks.leaving and isinstance(node.type, TensorType)]
         if len(leaving) == 1:
             lines.append(_line(str(leaving[0].type), "small"))
@@ -465,6 +475,9 @@ def _verb(graph: Graph, node: Node) -> str:
     if isinstance(node, LogProb):
         dist = graph[node.dist]
         return f"{dist.template.family}.log_prob" if isinstance(dist, Dist) else "log_prob"
+    if isinstance(node, Expected):
+        families = (str(dist.template.family) for dist in map(graph.__getitem__, node.dists) if isinstance(dist, Dist))
+        return f"{node.form_name}({', '.join(families)})"
     if isinstance(node, Dist):
         return node.template.family
     if isinstance(node, Op):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from scg.ir import Graph
 from scg.passes.check import check_gradients
 from scg.passes.clean import eliminate_dead_code, share
+from scg.passes.closed_forms import ClosedForms
 from scg.passes.credit import assign_credit
 from scg.passes.index_to_one_hot import index_to_one_hot
 from scg.passes.insert_estimators import InsertEstimators
@@ -18,7 +19,9 @@ from scg.passes.split_marginals import split_marginals
 Pass = Callable[[Graph], Graph]
 
 
-def pipeline(insert: InsertEstimators, credit: str = "element") -> tuple[tuple[str, Pass], ...]:
+def pipeline(
+    insert: InsertEstimators, credit: str = "element", closed_forms: bool | Mapping[str, bool] = False
+) -> tuple[tuple[str, Pass], ...]:
     """Name and pass, in order, for the given options."""
 
     def split(graph: Graph) -> Graph:
@@ -38,6 +41,7 @@ def pipeline(insert: InsertEstimators, credit: str = "element") -> tuple[tuple[s
         ("index_to_one_hot", one_hot),
         ("split_marginals", split_marginals),
         ("check_gradients", check),
+        ("closed_forms", ClosedForms(closed_forms, insert.sampled)),
         ("split_costs", split),
         ("assign_credit", assign),
         ("insert_estimators", insert),

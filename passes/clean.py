@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from scg.ir import Cost, Dist, Graph, Input, LogProb, Node, Op, Opaque, Param, Ref, Sample, refs_in
+from scg.ir import Cost, Dist, Expected, Graph, Input, LogProb, Node, Op, Opaque, Param, Ref, Sample, refs_in
 from scg.operations import is_impure, is_random, packet_name
 from scg.passes.rewriter import Rewriter
 
@@ -78,6 +78,8 @@ def _identity(node: Node, new: Rewriter) -> Any:
             return Dist, node.template, tuple(map(new.read, node.params))
         case LogProb():
             return LogProb, new.read(node.dist), new.read(node.value)
+        case Expected():
+            return Expected, node.form, tuple(map(new.read, node.dists))
         case Op() if _is_repeatable(node):
             return node.target, _frozen(node.args, new), _frozen(dict(node.kwargs), new)
         case _:

@@ -22,7 +22,7 @@ from scg.analysis.smoothness import Smoothness, smoothness
 from scg.analysis.support import finite_support, moving_bound
 from scg.errors import EstimatorError
 from scg.estimators import ESTIMATORS, Estimator, get_estimator
-from scg.estimators.base import EnumeratingEstimator, SiteInfo
+from scg.estimators.base import EnumeratingEstimator, PathwiseEstimator, SiteInfo
 from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, meeting, own_dims, rerun_break
 from scg.estimators.score_function import ScoreFunction
@@ -68,6 +68,13 @@ class InsertEstimators:
         found = annotate_dims(graph.replace(*decided, samples=self.samples))
         check_sequences(found, choice.found)
         return found
+
+    def sampled(self, site: Sample) -> str | None:
+        """Why the site's own log density must stay sampled, as the estimator asked for has it."""
+        estimator = get_estimator(self.request(site)[0])
+        if isinstance(estimator, PathwiseEstimator) and estimator.stops_score:
+            return f"{estimator.name} differentiates its sampled log density in a way of its own"
+        return None
 
     def request(self, site: Sample) -> tuple[Any, str]:
         """The estimator that was asked for at a site, and where."""

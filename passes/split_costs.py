@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from scg.analysis.influence import Influence, Relation, influence
-from scg.ir import Bound, Cost, Graph, Marginal, Node, Op, Ref, Sample, TensorType, map_refs
-from scg.operations import is_linear, lookup
+from scg.ir import Bound, Cost, Expected, Graph, Marginal, Node, Op, Ref, Sample, TensorType, map_refs
+from scg.operations import is_linear, lookup, packet_name
 
 
 def split_costs(graph: Graph, credit: str = "element") -> Graph:
@@ -63,6 +63,7 @@ class _Split:
         self.graph, self.found = graph, found
         self.tail: set[str] = set()
         self._worth: dict[str, bool] = {}
+        self._closed = graph.descendants(node.name for node in graph.of(Expected))
 
     def cuts(self) -> dict[str, Label]:
         """Names of the nodes to cut at, with the user's label for each where there is one."""
@@ -93,7 +94,21 @@ class _Split:
                 stack.extend((str(ref), label) for ref in reversed(self._influenced(node)))
             else:
                 labels[name] = label
-        return labels
+        return labels | self._closed_cuts()
+
+    def _closed_cuts(self) -> dict[str, Label]:
+        """Addends in closed form that no site influences: costs like others, to be named and seen."""
+        if self._is_closed(self.graph.objective):
+            return {str(self.graph.objective): Label().of(self.graph[self.graph.objective])}
+        addends = (ref for node in self.graph if node.name in self.tail and _adds(node) for ref in node.inputs)
+        return {str(ref): Label().of(self.graph[ref]) for ref in addends if self._is_closed(ref) and self._added(ref)}
+
+    def _added(self, ref: Ref) -> bool:
+        """Whether the tail does nothing but add it: as a factor it is a coefficient, and no cost."""
+        return all(_adds(self.graph[user]) for user in self.graph.users[ref] if user in self.tail)
+
+    def _is_closed(self, ref: Ref) -> bool:
+        return ref in self._closed and not self.found.sites(ref) and _is_floating(self.graph[ref])
 
     def _influenced(self, node: Node) -> list[Ref]:
         return [ref for ref in dict.fromkeys(node.inputs) if self.found.sites(ref)]
@@ -120,6 +135,8 @@ class _Split:
         if not isinstance(node, Op):
             return True
         if isinstance(node.type, tuple) or node.target is operator.getitem:
+            return True
+        if _adds(node) and any(map(self._is_closed, node.inputs)):
             return True
         entry = lookup(node.target)
         if entry is None or len(self._influenced(node)) != 1:
@@ -160,6 +177,10 @@ class _Split:
             dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             return [d % operand.ndim for d in dims] if dims and operand.ndim else everything
         return everything
+
+
+def _adds(node: Node) -> bool:
+    return isinstance(node, Op) and packet_name(node.target) in ("add", "sub")
 
 
 def _is_floating(node: Node) -> bool:

@@ -280,6 +280,26 @@ class LogProb(Node):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Expected(Node):
+    """An expectation over a draw, known in closed form: a function of distributions alone."""
+
+    form: Callable[..., Tensor]
+    """``kl_divergence``, ``entropy``, ``mean``, …: of the distributions in order, the draw's own first."""
+    dists: tuple[Ref, ...]
+
+    _edges = ("dists",)
+    kind = "expected"
+
+    @property
+    def form_name(self) -> str:
+        """What the form is called: the name of the function in torch where it has one."""
+        return str(getattr(self.form, "__name__", self.form))
+
+    def describe(self) -> str:
+        return f"{self.form_name}({', '.join(map(repr, self.dists))})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Opaque(Node):
     """A Python function the compiler must not look into; not differentiable."""
 

@@ -54,6 +54,7 @@ class Options:
     allow_biased: bool | None = None
     debug: bool = False
     enumerate_limit: int = ENUMERATE_LIMIT
+    closed_forms: bool | Mapping[str, bool] = False
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -173,7 +174,7 @@ class CompiledModule(nn.Module):
             allow_biased=options.allow_biased,
             enumerate_limit=options.enumerate_limit,
         )
-        graph = run_passes(graph, insert, options.credit)
+        graph = run_passes(graph, insert, options.credit, options.closed_forms)
         return graph, self._lower(graph, args, kwargs)
 
     def _lower(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch_module.Program:
@@ -384,10 +385,12 @@ def _signature(arg: Any) -> Any:
     return (type(arg), arg)
 
 
-def run_passes(graph: Graph, insert: InsertEstimators, credit: str = "element") -> Graph:
+def run_passes(
+    graph: Graph, insert: InsertEstimators, credit: str = "element", closed_forms: bool | Mapping[str, bool] = False
+) -> Graph:
     """All passes in order, verified in between; with ``SCG_DEBUG=1`` each one's effect is printed."""
     debug, check = os.environ.get("SCG_DEBUG", "0") != "0", os.environ.get("SCG_VERIFY", "1") != "0"
-    for name, rewrite in pipeline(insert, credit):
+    for name, rewrite in pipeline(insert, credit, closed_forms):
         before, graph = graph, rewrite(graph)
         if debug:
             from scg.debug import show_diff
@@ -412,6 +415,7 @@ def compile(
     allow_biased: bool | None = None,
     debug: bool = False,
     enumerate_limit: int = ENUMERATE_LIMIT,
+    closed_forms: bool | Mapping[str, bool] = False,
 ) -> CompiledModule:
     """Compiles a stochastic model into a module with the same call and a right gradient through its samples.
 
@@ -431,6 +435,9 @@ def compile(
             estimator sees, with a warning.
         debug: check every distribution's parameters at run time, and name the site.
         enumerate_limit: most rows at which ``"auto"`` evaluates any value to enumerate finite sites.
+        closed_forms: ``True`` replaces every term of the objective whose expectation over a draw is known (divergences,
+            entropies, moments, affine maps, squares of them) by that expectation; ``{glob: bool}`` says it site by
+            site, the first match wins.
 
     Returns:
         A module with the model's call and output structure.
@@ -445,6 +452,7 @@ def compile(
     options = Options(
         estimator=estimator, estimators=dict(estimators or {}), samples=samples, backend=backend, dynamic=dynamic,
         order=order, credit=credit, allow_biased=allow_biased, debug=debug, enumerate_limit=enumerate_limit,
+        closed_forms=dict(closed_forms) if isinstance(closed_forms, Mapping) else closed_forms,
     )  # fmt: skip
     compiled = CompiledModule(model, options)
     if example_inputs is not None:

@@ -9,7 +9,22 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from scg.errors import VerifyError
-from scg.ir import Cost, Depends, Dist, Graph, Input, LogProb, Node, Op, Param, Sample, TensorType, refs_in
+from scg.ir import (
+    Cost,
+    Depends,
+    Dist,
+    Expected,
+    Graph,
+    Input,
+    LogProb,
+    Node,
+    Op,
+    Param,
+    Ref,
+    Sample,
+    TensorType,
+    refs_in,
+)
 
 Fault = tuple[Node | None, str]
 """A node (None: the graph as a whole) and what is wrong with it."""
@@ -71,12 +86,20 @@ def _objective_is_scalar(graph: Graph) -> Iterator[Fault]:
 
 def _distributions_are_used_as_such(graph: Graph) -> Iterator[Fault]:
     for node in graph:
-        wants = node.dist if isinstance(node, (Sample, LogProb)) else None
-        if wants is not None and not isinstance(graph[wants], Dist):
-            yield node, f"needs a distribution, but {wants!r} is a {graph[wants].kind}"
+        wants = _distributions(node)
+        for want in wants:
+            if not isinstance(graph[want], Dist):
+                yield node, f"needs a distribution, but {want!r} is a {graph[want].kind}"
         for ref in node.inputs:
-            if ref != wants and isinstance(graph[ref], Dist):
+            if ref not in wants and isinstance(graph[ref], Dist):
                 yield node, f"reads the distribution {ref!r} as a tensor"
+
+
+def _distributions(node: Node) -> tuple[Ref, ...]:
+    """What ``node`` must find to be distributions."""
+    if isinstance(node, Expected):
+        return node.dists
+    return (node.dist,) if isinstance(node, (Sample, LogProb)) else ()
 
 
 def _samples_match_distributions(graph: Graph) -> Iterator[Fault]:

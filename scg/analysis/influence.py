@@ -33,6 +33,7 @@ from scg.ir import (
     Cost,
     Depends,
     Dist,
+    Expected,
     Graph,
     LogProb,
     Marginal,
@@ -325,6 +326,8 @@ class _Analysis:
             case LogProb():
                 rule = partial(_log_prob, node, self._dist(node.dist))
                 return self._through(node, (node.dist, node.value), rule, None)
+            case Expected():
+                return self._through(node, node.dists, partial(_expected, node), None)
             case Depends():
                 return self._through(node, (node.value, node.on), partial(_depends, node), None)
             case Opaque():
@@ -608,6 +611,13 @@ def _log_prob(node: LogProb, dist: Dist, depths: Mapping[Ref, Tensor]) -> Depths
         kept = max(value.ndim - event, 0)
         parts.append(rules.squash(value, range(kept, value.ndim)).reshape([*rules.tight(value).shape[:kept]]))
     return [rules.join(parts, node.tensor.shape)]
+
+
+def _expected(node: Expected, depths: Mapping[Ref, Tensor]) -> Depths:
+    """[*B] from the distributions' [*B]; a moment has the event dims of its draw behind them."""
+    shape = node.tensor.shape
+    kept = shape[: len(shape) - node.tensor.event_ndim]
+    return [rules.put_left(rules.join(depths.values(), kept), shape)]
 
 
 def _depends(node: Depends, depths: Mapping[Ref, Tensor]) -> Depths:

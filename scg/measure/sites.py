@@ -30,7 +30,7 @@ def candidates(compiled: CompiledModule, args: tuple[Any, ...], kwargs: Mapping[
     options = compiled.options
     insert = InsertEstimators(allow_biased=options.allow_biased)
     graph = trace(original(compiled), *args, **kwargs)
-    for name, rewrite in pipeline(insert, options.credit):
+    for name, rewrite in pipeline(insert, options.credit, options.closed_forms):
         if name == "insert_estimators":
             break
         graph = rewrite(graph)
