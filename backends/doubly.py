@@ -33,13 +33,12 @@ def weigh_paths(run: Interpreter, node: Bound, bound: Tensor, value: Batched, ax
     share: Tensor | None = None
     for site in run.graph.of(Sample):
         relation = run.found.relation(node.name, site.name)
-        if relation is None or not isinstance(site.estimator, PathwiseEstimator):
+        if relation is None or not _is_weighed(site):
             continue
+        assert isinstance(site.estimator, PathwiseEstimator)
         if share is None:
             share = torch.softmax(-(1.0 - node.alpha) * value.tensor.detach(), axis)
         factor = site.estimator.bound_factor(share, node.alpha)
-        if factor is None:
-            continue
         draw = run.before_transform.get(site.name, run.env[site.name])
         if set(value.dims) != set(draw.dims):
             extra = ", ".join(name for name in value.dims if name not in draw.dims)
@@ -55,6 +54,41 @@ def weigh_paths(run: Interpreter, node: Bound, bound: Tensor, value: Batched, ax
         placed = placed.reshape([*placed.shape, *[1] * (draw.tensor.dim() - placed.dim())])
         bound = record_call(_WEIGH_PATH, bound, draw.tensor, placed)
     return bound
+
+
+def beside_bound(run: Interpreter, ref: str, value: Tensor) -> Tensor:
+    """An output beside the objective; differentiated through a draw whose gradients are weighed, it is an error."""
+    if not run.learning or not run.bounds or not value.requires_grad:
+        return value
+    above = run.graph.ancestors([ref])
+    for site in run.graph.of(Sample):
+        if site.name in above and _is_weighed(site):
+            return record_call(RefuseGradient(site.name, site.loc), value)  # type: ignore[no-any-return]
+    return value
+
+
+def _is_weighed(site: Sample) -> bool:
+    return isinstance(site.estimator, PathwiseEstimator) and site.estimator.weighs_bound
+
+
+class RefuseGradient:
+    """The identity, whose derivative is an error; a leaf of the generated code."""
+
+    __module__ = __name__
+    repeatable = False
+
+    def __init__(self, site: str, loc: str) -> None:
+        self.__name__ = self.__qualname__ = "refuse_gradient"
+        self.text = (
+            f"an output beside the objective was differentiated, and its way passes %{site} ({loc}), whose gradients "
+            f"are weighed for a bound: put it into the objective, detach it, or use 'reparam' for {site}"
+        )
+
+    def fake(self, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        return runtime.refuse_gradient(value, self.text)
 
 
 class WeighPath:

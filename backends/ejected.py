@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from scg.backends import runtime
 from scg.backends.batching import Mapped
-from scg.backends.doubly import WeighPath
+from scg.backends.doubly import RefuseGradient, WeighPath
 from scg.backends.draw_call import DrawCall
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
@@ -67,7 +67,8 @@ _TORCH = (
 
 _RESERVED = set("torch F Tensor Any Callable Sequence annotations base64 math zlib inf nan".split())
 _HELPERS = (
-    runtime.variable, runtime.input_gradient, runtime.weigh_path, runtime.loop_rows, runtime.call_opaque,
+    runtime.variable, runtime.input_gradient, runtime.weigh_path, runtime.refuse_gradient, runtime.loop_rows,
+    runtime.call_opaque,
 )  # fmt: skip
 
 
@@ -189,6 +190,8 @@ class _Ejector:
             return f"{self._operand(args[0])}.{args[1]}"
         if isinstance(target, Variable):
             return f"{self._helper(runtime.variable)}({self._listed(args, {})})"
+        if isinstance(target, RefuseGradient):
+            return f"{self._helper(runtime.refuse_gradient)}({self._listed((*args, target.text), {})})"
         if isinstance(target, WeighPath):
             return f"{self._helper(runtime.weigh_path)}({self._listed(args, {})})"
         if isinstance(target, InputGradient):

@@ -32,6 +32,18 @@ def weigh_path(value: Tensor, draw: Tensor, factor: Tensor) -> Tensor:
     return value.view_as(value)
 
 
+def refuse_gradient(value: Tensor, text: str) -> Tensor:
+    """``value``, whose derivative is an error."""
+
+    def refuse(gradient: Tensor) -> None:
+        raise RuntimeError(text)
+
+    found = value.view_as(value)
+    if found.requires_grad:
+        found.register_hook(refuse)
+    return found
+
+
 def loop_rows(single: Callable[..., Any], tensors: Sequence[Tensor], axes: Sequence[int | None], rows: int) -> Any:
     """Calls ``single`` once a row of the tensors that have an axis, and stacks what it returns."""
     found = [single(*(t if axis is None else t[k] for t, axis in zip(tensors, axes, strict=True))) for k in range(rows)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scg.backends.batching import Batched
 from scg.backends.closed_form import closed_form
+from scg.backends.doubly import beside_bound
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.recorder import record_call
 from scg.ir import Bound, Cost, Depends, Dist, Expected, LogProb, Marginal, Node, Op, Opaque, Sample, map_refs
@@ -35,7 +36,9 @@ class SingleDraw:
                 with self.named(node.name):
                     self._evaluate(node)
         found = self.env[ref]
-        return found.tensor if isinstance(found, Batched) else tuple(item.tensor for item in found)
+        items = [found] if isinstance(found, Batched) else found
+        tensors = tuple(beside_bound(self.of, ref, item.tensor) for item in items)
+        return tensors[0] if isinstance(found, Batched) else tensors
 
     def _evaluate(self, node: Node) -> None:
         of = self.of

@@ -176,20 +176,22 @@ class PathwiseEstimator(Estimator):
     """The draw carries the derivative."""
 
     bounds: ClassVar[bool] = True
+    weighs_bound: ClassVar[bool] = False
+    """Whether what reaches the draw by way of a multi-sample bound is multiplied by `bound_factor`."""
 
     @property
     def stops_score(self) -> bool:
         """Whether the site's own log density, where it stands in the costs, is differentiated by the draw alone."""
         return False
 
-    def bound_factor(self, share: Tensor, alpha: float) -> Tensor | None:
-        """What the derivative of a multi-sample bound in each draw is multiplied by; None for one.
+    def bound_factor(self, share: Tensor, alpha: float) -> Tensor:
+        """What the derivative of a multi-sample bound in each draw is multiplied by, if `weighs_bound`.
 
         Args:
             share: detached shares of the draws in the bound, over which they sum to one.  The shape of the log weights
             alpha: order of the bound.
         """
-        return None
+        raise NotImplementedError
 
     def draw(self, dist: Distribution, shape: torch.Size) -> Tensor:
         """Draws, differentiable in the parameters.  ``[*shape | *B | *E]``"""

@@ -31,6 +31,7 @@ class DReG(PathwiseEstimator):
 
     name: ClassVar[str] = "dreg"
     unbiased: ClassVar[bool] = True
+    weighs_bound: ClassVar[bool] = True
     reference: ClassVar[str] = "Tucker et al. 2018"
     formula: ClassVar[str] = (
         r"\sum_k (\alpha \tilde w_k + (1 - \alpha) \tilde w_k^2)\, \partial_{z_k} \log w_k\, \nabla_\theta z_k"

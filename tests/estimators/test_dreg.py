@@ -246,6 +246,20 @@ def test_refusals_say_why() -> None:
     assert model.graph.sites["z"].estimator == "dreg"
 
 
+def test_other_outputs_are_not_differentiated_unweighed() -> None:
+    mu, theta = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+
+    def model() -> tuple[Tensor, Tensor, Tensor]:
+        q = Normal(mu, torch.ones(3))
+        z = q.sample()
+        return scg.multisample(q.log_prob(z) + (z * theta - 1) ** 2).sum(), z, theta**2
+
+    loss, z, beside = scg.compile(model, estimator="dreg", samples=2)()
+    torch.autograd.grad(loss + beside.sum(), [mu, theta], retain_graph=True)
+    with pytest.raises(RuntimeError, match="%z .* put it into the objective, detach it, or use 'reparam'"):
+        (loss + z.sum()).backward()
+
+
 def test_generated_code_and_inductor() -> None:
     setting = Setting(nodes=3)
     model = setting.loss()
