@@ -101,7 +101,7 @@ def _centre(group: ET.Element) -> None:
 
 _DARK = "\n".join(
     [
-        ".scg{max-width:100%;height:auto}",
+        ".scg{max-width:100%;max-height:100vh}",  # fits a screen
         ".scg .node,.scg .edge{cursor:default}",
         "@media (prefers-color-scheme:dark){",
         *(

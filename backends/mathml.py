@@ -24,7 +24,8 @@ _SIGNS = {
     "to": "→", "approx": "≈", "propto": "∝", "prod": "∏", "int": "∫", "sum": "∑", "pm": "±", "lfloor": "⌊",
     "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "odot": "⊙", "oplus": "⊕", "notin": "∉", "subset": "⊂", "cup": "∪",
     "{": "{", "}": "}", "|": "‖", "_": "_", "%": "%", "&": "&", "#": "#", "$": "$", "vert": "|", "equiv": "≡",
-    "langle": "⟨", "rangle": "⟩", "neq": "≠", "ll": "≪", "gg": "≫", "wedge": "∧", "vee": "∨", "circ": "∘", "rightleftharpoons": "⇌",
+    "langle": "⟨", "rangle": "⟩", "neq": "≠", "ll": "≪", "gg": "≫", "wedge": "∧", "vee": "∨", "circ": "∘",
+    "rightleftharpoons": "⇌",
 }  # fmt: skip
 _WORDS = frozenset("log exp min max arg det sin cos sup inf Pr ln lim".split())
 _SPACES = {",": "0.17em", ";": "0.28em", ":": "0.22em", "!": "0em", " ": "0.25em", "quad": "1em", "qquad": "2em"}
