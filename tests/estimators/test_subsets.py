@@ -253,6 +253,33 @@ def test_compiled_toy_has_the_published_variance(k: int) -> None:
     torch.testing.assert_close(float(variance), UNORDERED[0.0][k - 2], rtol=1e-4, atol=0)
 
 
+SUMMED = {
+    0.0: (4.38420188e-1, 9.13125e-3, 9.4625e-3, 6.40798611e-3, 4.7875e-3, 6.60125e-4, 1.77777778e-4, 0.0),
+    -4.0: (3.35567667e-2, 2.92741481e-5, 1.09009627e-5, 7.3233205e-7, 3.6471075e-8, 1.4801606e-9, 1.811361e-11, 0.0),
+}
+"""Variance with the k most probable outcomes summed and one of the rest drawn, k = 0 … 7: by hand, over all draws."""
+
+
+@pytest.mark.parametrize("eta", SUMMED)
+@pytest.mark.parametrize("k", [0, 1, 2, 4, 7])
+def test_variance_of_sum_and_sample(k: int, eta: float) -> None:
+    parameter = nn.Parameter(torch.tensor(eta, dtype=torch.float64))
+    compiled = scg.compile(coins(parameter), estimator=SumAndSample(top=k))
+    mean, variance = moments(compiled, {"eta": parameter})["eta"]
+    torch.testing.assert_close(float(mean), -0.045 if eta == 0 else -3.179287e-3, rtol=1e-6, atol=0)
+    torch.testing.assert_close(float(variance), SUMMED[eta][k], rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize(("eta", "floor"), [(0.0, 9.84375e-4), (-4.0, 2.5371e-6)])
+def test_a_baseline_drawn_for_each_outcome_would_leave_a_floor(eta: float, floor: float) -> None:
+    """Liu et al. 2019's code draws one afresh for each: ``sum_s (dp_s)^2 Var f`` is left when everything is summed."""
+    log_p, slope = coin_score(eta)
+    p = log_p.exp()
+    spread = p @ COSTS**2 - (p @ COSTS) ** 2
+    torch.testing.assert_close(float(((p * slope) ** 2).sum() * spread), floor, rtol=1e-4, atol=0)
+    assert SUMMED[eta][7] == 0.0
+
+
 @pytest.mark.parametrize("estimator", [UnorderedSet(samples=8), WithoutReplacement(samples=8), SumAndSample(top=7)])
 def test_the_whole_support_is_exact(estimator: SubsetEstimator) -> None:
     eta = nn.Parameter(torch.tensor(-1.0, dtype=torch.float64))
