@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import scg
-from benchmarks import chain, vae
+from benchmarks import chain, layers, vae
 from benchmarks.measure import Step, in_new_process, machine, paired, peak_bytes, seconds
 
 SAMPLES = 4
@@ -72,6 +72,56 @@ def bench_chain(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
     yield f"chain of {steps} sites, step against reversed cumsum", step, "at most 1.15x"
 
 
+def bench_local_expectation(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
+    """784-200-784 at batch 50, against leave-one-out over four draws: variance and time, in training."""
+    model = layers.OneLayerVAE(784, 20 if quick else 200)
+    data, _ = layers.digits()
+    x = data[:50]
+    loo = scg.compile(model, estimator="score_function", samples=SAMPLES, example_inputs=(x,))
+    local = {K: scg.compile(model, estimator="local_expectation", samples=K, example_inputs=(x,)) for K in (1, 2)}
+    trained = 0
+    for steps in (0, 2) if quick else (0, 300, 1000):
+        layers.train(model, (data,), steps - trained, estimator="score_function", samples=SAMPLES)
+        trained = steps
+        baseline = scg.gradient_samples(loo, x, n=4 if quick else 40)
+        for K, compiled in local.items():
+            found = scg.gradient_samples(compiled, x, n=4 if quick else 20)
+            for part in ("encoder", ""):
+                ours, theirs = layers.total_variance(found, part), layers.total_variance(baseline, part)
+                what = f"local_expectation, K={K}, variance of {part or 'all'} gradients after {steps} steps"
+                yield what, f"{theirs / max(ours, 1e-12):.0f}x less, {ours:.3g} against {theirs:.3g}", "50x less"
+    other = training_step(lambda: loo(x), model)
+    for K, compiled in local.items():
+        step = training_step(lambda compiled=compiled: compiled(x), model)  # type: ignore[misc]
+        ratio = str(paired(step, other, 3 if quick else 40, 2))
+        yield f"local_expectation, K={K}, step against leave-one-out, K={SAMPLES}", ratio, "at most 20x"
+
+
+def bench_hnca(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
+    """784-64-64-64-10 at batch 50, against leave-one-out and against backpropagation without draws."""
+    model = layers.Network(784, 8 if quick else 64)
+    images, classes = layers.digits()
+    batch = (images[:50], classes[:50])
+    names = {"hnca, K=2": ("hnca", 2), "leave-one-out, K=2": ("score_function", 2), "hnca": ("hnca", 1)}
+    steps = {
+        name: scg.compile(model, estimator=estimator, samples=samples, example_inputs=batch)
+        for name, (estimator, samples) in names.items()
+    }
+    layers.train(model, (images, classes), 2 if quick else 300, estimator="hnca", samples=2)
+    hindsight, score = (scg.gradient_samples(steps[name], *batch, n=4 if quick else 100) for name in list(names)[:2])
+    for layer in range(3):
+        ours, theirs = (layers.total_variance(found, f"layers.{layer}") for found in (hindsight, score))
+        what = f"hnca, K=2, variance of layer {layer + 1} against leave-one-out, K=2"
+        yield what, f"{theirs / max(ours, 1e-12):.0f}x less, {ours:.3g} against {theirs:.3g}", "less"
+    for name, compiled in steps.items():
+        samples = names[name][1]
+        x, y = batch[0].repeat(samples, 1), batch[1].repeat(samples)
+        step = training_step(lambda compiled=compiled: compiled(*batch), model)  # type: ignore[misc]
+        other = training_step(lambda x=x, y=y: model.deterministic(x, y), model)  # type: ignore[misc]
+        ratio = str(paired(step, other, 3 if quick else 100))
+        yield f"{name}, step against backpropagation of as many rows", ratio, "at most 3x"
+
+
 FIRST_CALL = """
 import time, torch
 torch.set_num_threads(1)
@@ -104,7 +154,13 @@ def bench_startup(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]
     yield "VAE, first call of a second model", f"{median(FIRST_CALL.format(calls=2)):.2f} s", "under 2 s"
 
 
-BENCHMARKS = {"vae": bench_vae, "chain": bench_chain, "startup": bench_startup}
+BENCHMARKS = {
+    "vae": bench_vae,
+    "chain": bench_chain,
+    "local_expectation": bench_local_expectation,
+    "hnca": bench_hnca,
+    "startup": bench_startup,
+}
 
 
 def main() -> None:
