@@ -10,7 +10,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: help install demo test test-slow check lint types format bench clean
+.PHONY: help install demo gallery docs test test-slow check lint types format bench clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -18,6 +18,9 @@ install: $(STAMP)  ## make .venv with everything needed
 
 demo: $(STAMP)  ## train a discrete VAE on digits; writes its picture and report to out/
 	$(BIN)/python examples/discrete_vae.py
+
+gallery: $(STAMP)  ## draw the pictures of docs/gallery again
+	$(BIN)/python examples/gallery.py --out docs/gallery
 
 test: $(STAMP)  ## the quick tests, two processes
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

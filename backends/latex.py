@@ -21,6 +21,9 @@ from scg.report import estimator_texts
 
 _GREEK = "alpha beta gamma delta epsilon eta theta lambda mu nu phi psi rho sigma tau omega".split()
 
+_MOST = 6
+"""Terms of a sum that are written out."""
+
 
 @dataclass(frozen=True)
 class Formula:
@@ -63,7 +66,7 @@ class _Writer:
         self.learned = [site for site in sites if site.estimator is not None and not site.data]
 
     def write(self) -> Formula:
-        drawn = ", ".join(symbol(site.name) for site in self.sites)
+        drawn = _listed(symbol(site.name) for site in self.sites)
         total = self._total(self.weights) or symbol(str(self.graph.objective))
         expectation = rf"\mathbb{{E}}_{{{drawn}}}\Big[ {total} \Big]" if drawn else total
         return Formula(
@@ -85,7 +88,10 @@ class _Writer:
 
     def _total(self, costs: Iterable[str], below: str = "") -> str:
         """The costs as they stand in the objective; of their elements, those that the site ``below`` influences."""
-        return " + ".join(self._term(self.graph.costs[cost], below) for cost in costs).replace("+ -", "- ")
+        terms = [self._term(self.graph.costs[cost], below) for cost in costs]
+        if len(terms) > _MOST:
+            terms = [*terms[:2], r"\cdots", terms[-1]]
+        return " + ".join(terms).replace("+ -", "- ")
 
     def _term(self, cost: Cost, below: str) -> str:
         name, weight = symbol(cost.label), self.weights[cost.name]
@@ -181,14 +187,15 @@ class _Writer:
 
     # -- the surrogate ------------------------------------------------------------------------------------------------
     def _surrogate(self, total: str) -> str:
-        mean = "".join(self._average(site) for site in self.learned)
+        averages = [self._average(site) for site in self.learned]
+        mean = "".join(averages if len(averages) <= _MOST else [*averages[:2], r"\cdots ", averages[-1]])
         if self.graph.samples > 1:
             mean = rf"\frac{{1}}{{{self.graph.samples}}} \sum_k {mean}"
         scored = [symbol(site.name) for site in self.learned if isinstance(site.estimator, ScoreEstimator)]
         body = rf"{mean}\Big[ {total} \Big]" if mean else total
         if not scored:
             return rf"\mathcal{{S}} &= {body}"
-        over = rf"\sum_{{s \in \{{{', '.join(scored)}\}}}}"
+        over = rf"\sum_{{s \in \{{{_listed(scored)}\}}}}"
         if self.order > 1:
             boxed = rf"{mean}\Big[ \square\big(\textstyle{over} \log p_s\big) \big( {total} \big) \Big]"
             return (
@@ -209,6 +216,12 @@ class _Writer:
         if isinstance(estimator, RowEstimator):
             return rf"\sum_r w^{{{name}}}_r " if estimator.weighted else rf"\frac{{1}}{{{estimator.rows}}} \sum_r "
         return rf"\frac{{1}}{{{estimator.samples}}} \sum_j " if (estimator.samples or 1) > 1 else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    """``z, z_1, \\ldots, z_9``."""
+    found = list(names)
+    return ", ".join(found if len(found) <= _MOST else [*found[:2], r"\ldots", found[-1]])
 
 
 def symbol(name: str) -> str:

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 
-from scg.backends.dot import PALETTE, to_dot
-from scg.backends.views import Picture
+from scg.backends.boxes import Picture
+from scg.backends.dot import FONT, PALETTE, to_dot
 from scg.errors import ScgError
 
 _SVG = "http://www.w3.org/2000/svg"
+_DIGITS = re.compile(r"(\.\d)\d+")
+"""A tenth of a point is as fine as anyone can see."""
 _SPACE = "{http://www.w3.org/XML/1998/namespace}space"
 
 
@@ -49,7 +51,12 @@ def svg(picture: Picture) -> str:
             _centre(group)
     for element in root.iter():
         element.attrib.pop("id", None)  # several pictures may stand in one page
-    root.attrib |= {"class": "scg", "role": "img", "aria-label": f"{picture.title}, {picture.caption}"}
+        element.attrib.pop("font-family", None)  # said once for all below
+        for place in ("d", "points"):
+            if place in element.attrib:
+                element.set(place, _DIGITS.sub(r"\1", element.attrib[place]))
+    label = f"{picture.title}, {picture.caption}"
+    root.attrib |= {"class": "scg", "role": "img", "aria-label": label, "font-family": FONT}
     style = ET.Element(f"{{{_SVG}}}style")
     style.text = _DARK
     root.insert(0, style)
@@ -94,7 +101,7 @@ def _centre(group: ET.Element) -> None:
 
 _DARK = "\n".join(
     [
-        ".scg{max-width:100%;height:auto}",
+        ".scg{max-width:100%;max-height:100vh}",  # fits a screen
         ".scg .node,.scg .edge{cursor:default}",
         "@media (prefers-color-scheme:dark){",
         *(

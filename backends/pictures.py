@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from scg.backends.dot import to_dot
 from scg.backends.layout import lay_out, svg
+from scg.backends.shares import VarianceShares
+from scg.backends.stages import Stage
 from scg.backends.views import picture
 from scg.ir import Graph
 from scg.report import Report
@@ -21,15 +24,23 @@ def render(
     report: Report | None = None,
     *,
     code: str = "",
+    fold: bool = True,
+    history: Sequence[Stage] = (),
+    shares: VarianceShares | None = None,
+    order: int = 1,
 ) -> Path:
     """Writes a picture of ``graph`` and returns where it is.
 
     Args:
         graph: as traced, or after any pass.
         path: its suffix, one of `SUFFIXES`, says what is written.
-        view: ``stochastic``, ``dataflow`` or ``credit``; an HTML page holds all three and opens at this one.
+        view: one of `scg.backends.views.VIEWS`; an HTML page holds all there are and opens at this one.
         report: shown in an HTML page; made from the graph when absent.
         code: the generated code, shown in an HTML page.
+        fold: draw repeated structure once, with a count; an HTML page holds both pictures.
+        history: the graph between the passes, for the view ``passes``.
+        shares: of the gradient's variance, for the view ``variance``.
+        order: of the derivatives that the formulas of an HTML page are for.
     """
     target = Path(path)
     suffix = target.suffix.lower()
@@ -38,11 +49,14 @@ def render(
     if suffix == ".html":
         from scg.backends.html import page
 
-        target.write_text(page(graph, view, report, code), encoding="utf-8")
-    elif suffix == ".svg":
-        target.write_text(inline_svg(graph, view) + "\n", encoding="utf-8")
+        text = page(graph, view, report, code, fold=fold, history=history, shares=shares, order=order)
+        target.write_text(text, encoding="utf-8")
+        return target
+    drawn = picture(graph, view, fold=fold, history=history, shares=shares)
+    if suffix == ".svg":
+        target.write_text(svg(drawn) + "\n", encoding="utf-8")
     else:
-        dot = to_dot(picture(graph, view))
+        dot = to_dot(drawn)
         target.write_bytes(dot.encode() if suffix == ".dot" else lay_out(dot, suffix.removeprefix(".")))
     return target
 

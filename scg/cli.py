@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def render(arguments: argparse.Namespace) -> None:
     """Draws the model to a file."""
     target = arguments.output or Path(_split(arguments.model)[0]).with_suffix(".svg").name
-    print(_compiled(arguments).render(target, view=arguments.view))
+    print(_compiled(arguments).render(target, view=arguments.view, fold=not arguments.unfold))
 
 
 def explain(arguments: argparse.Namespace) -> None:
@@ -192,7 +192,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("model", metavar="FILE.py:NAME", help="a module, a class of modules, or a function")
         sub.add_argument("--estimator", default="auto", help="for every site: a name of `scg estimators`")
         sub.add_argument("--samples", type=int, default=1, metavar="K", help="draws of the whole program")
-    made["render"].add_argument("--view", default="stochastic", choices=[*VIEWS])
+    made["render"].add_argument("--view", default="stochastic", choices=[view for view in VIEWS if view != "variance"])
+    made["render"].add_argument("--unfold", action="store_true", help="draw repeated structure one by one")
     made["explain"].add_argument("--markdown", action="store_true", help="as Markdown")
     for name, sub in made.items():
         what = f"a file that ends in {', '.join(SUFFIXES)}" if name == "render" else "a file instead of the screen"

@@ -527,7 +527,7 @@ class Graph:
                 stack.extend(self.users[name])
         return seen
 
-    @property
+    @cached_property
     def sites(self) -> dict[str, Site]:
         """Every stochastic node of the user's program, by name, in program order."""
         return {node.name: self._site(node) for node in self.of(Sample)}
@@ -552,7 +552,7 @@ class Graph:
 
         return contexts(self, site)
 
-    @property
+    @cached_property
     def costs(self) -> dict[str, Cost]:
         """The terms of the objective, by node name; before costs are split, those the user named."""
         return {node.name: node for node in self.of(Cost)}
@@ -603,11 +603,11 @@ class Graph:
             graph.add_edges_from((str(ref), node.name) for ref in node.inputs)
         return graph
 
-    def render(self, path: Any, view: str = "stochastic") -> Any:
+    def render(self, path: Any, view: str = "stochastic", *, fold: bool = True) -> Any:
         """Writes a picture; the suffix of ``path`` (svg, png, pdf, html, dot) says which kind."""
         from scg.backends.pictures import render
 
-        return render(self, path, view=view)
+        return render(self, path, view=view, fold=fold)
 
     def _repr_html_(self) -> str:
         from scg.backends.pictures import inline_svg

@@ -31,6 +31,9 @@ from scg.tracer import trace as trace_graph
 from scg.tracer_batch import SMALLEST, Batch, Scaling, batch_of, resized, scaling
 from scg.verifier import verify
 
+History = tuple[tuple[str, Graph], ...]
+"""The graph as traced and after each pass, by the pass's name; they share most of their nodes."""
+
 BACKENDS = ("eager", "inductor")
 CREDITS = ("element", "node", "none")
 
@@ -133,11 +136,11 @@ class CompiledModule(nn.Module):
             return scale, None
         built = [self._build(*resized(args, kwargs, batch, size)) for size in sizes]
         try:
-            program = any_batch([program for _, program in built], sizes, min(batch.positions))
+            program = any_batch([program for _, program, _ in built], sizes, min(batch.positions))
         except Differs as found:
             self._why_not = str(found)
             return scale, None
-        return scale, self._bind(built[0][0], program, any_batch=True)
+        return scale, self._bind(built[0][0], program, built[0][2], any_batch=True)
 
     def _recapture(self) -> None:
         if self._captured is not None:
@@ -156,13 +159,13 @@ class CompiledModule(nn.Module):
         return self.model if self.function is None else self.function
 
     def _compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
-        graph, program = self._build(args, kwargs)
+        graph, program, history = self._build(args, kwargs)
         if self.options.dynamic and self._why_not:
             note = f"dynamic=True, but it is traced for each batch size: {self._why_not}"
             graph = dataclasses.replace(graph, notes=(*graph.notes, note))
-        return self._bind(graph, program)
+        return self._bind(graph, program, history)
 
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, torch_module.Program]:
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, torch_module.Program, History]:
         """Trace, passes, lowering."""
         options = self.options
         graph = trace_graph(self._callable, args, kwargs)
@@ -174,8 +177,9 @@ class CompiledModule(nn.Module):
             allow_biased=options.allow_biased,
             enumerate_limit=options.enumerate_limit,
         )
-        graph = run_passes(graph, insert, options.credit, options.closed_forms)
-        return graph, self._lower(graph, args, kwargs)
+        history = [("traced", graph)]
+        graph = run_passes(graph, insert, options.credit, options.closed_forms, history)
+        return graph, self._lower(graph, args, kwargs), tuple(history)
 
     def _lower(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch_module.Program:
         states = make_states(graph, self.estimators)
@@ -195,13 +199,15 @@ class CompiledModule(nn.Module):
         """A rewritten graph of this module as a program beside its own, to be called with ``(args, kwargs)``."""
         return self._bind(graph, self._lower(graph, args, kwargs))
 
-    def _bind(self, graph: Graph, program: torch_module.Program, *, any_batch: bool = False) -> _Bound:
+    def _bind(
+        self, graph: Graph, program: torch_module.Program, history: History = (), *, any_batch: bool = False
+    ) -> _Bound:
         run = program.module.forward
         if self.options.backend == "inductor":
             run = torch_module.compile_inductor(graph, program, any_batch)
         tables = [self._table(path) for path in program.captured]
         assert self._captured is not None
-        return _Bound(graph, program, run, tuple(tables), self._captured)
+        return _Bound(graph, program, run, tuple(tables), self._captured, history)
 
     def _live(self, graph: Graph) -> dict[str, Tensor]:
         """Parameters and buffers of the graph that are found anew at every call, by path."""
@@ -258,11 +264,28 @@ class CompiledModule(nn.Module):
 
         return formula(self.graph, self.options.order)
 
-    def render(self, path: Any, view: str = "stochastic") -> Any:
-        """Writes a picture; the suffix of ``path`` (svg, png, pdf, html, dot) says which kind."""
-        from scg.backends.pictures import render
+    def render(self, path: Any, view: str = "stochastic", *, fold: bool = True, shares: Any = None) -> Any:
+        """Writes a picture; the suffix of ``path`` (svg, png, pdf, html, dot) says which kind.
 
-        return render(self.graph, path, view=view, code=self.code)
+        Args:
+            path: where to.
+            view: ``stochastic``, ``dataflow``, ``credit``, ``passes`` or ``variance``.
+            fold: draw what is repeated once, with a count.
+            shares: `scg.backends.shares.VarianceShares`, or ``{(site, cost): share}``, for the view ``variance``.
+        """
+        from scg.backends.pictures import render
+        from scg.backends.shares import VarianceShares
+        from scg.backends.stages import Stage
+
+        graph, code = self.graph, self.code if str(path).lower().endswith(".html") else ""
+        assert self._latest is not None
+        history = [Stage(name, at) for name, at in self._latest.history]
+        if shares is not None and not isinstance(shares, VarianceShares):
+            shares = VarianceShares(shares)
+        return render(
+            graph, path, view, self.explain(), code=code, fold=fold, history=history, shares=shares,
+            order=self.options.order,
+        )  # fmt: skip
 
     def _repr_html_(self) -> str:
         return self.graph._repr_html_() if self._latest is not None else f"<pre>{self!r}</pre>"
@@ -348,6 +371,7 @@ class _Bound:
     tables: tuple[tuple[dict[str, Any], str], ...]
     captured: Captured
     """Kept alive: its values hold ids, which must not be given to other objects while they are a key."""
+    history: History = ()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not kwargs and all(type(arg) is Tensor for arg in args):
@@ -386,12 +410,21 @@ def _signature(arg: Any) -> Any:
 
 
 def run_passes(
-    graph: Graph, insert: InsertEstimators, credit: str = "element", closed_forms: bool | Mapping[str, bool] = False
+    graph: Graph,
+    insert: InsertEstimators,
+    credit: str = "element",
+    closed_forms: bool | Mapping[str, bool] = False,
+    history: list[tuple[str, Graph]] | None = None,
 ) -> Graph:
-    """All passes in order, verified in between; with ``SCG_DEBUG=1`` each one's effect is printed."""
+    """All passes in order, verified in between; with ``SCG_DEBUG=1`` each one's effect is printed.
+
+    ``history`` is filled with the graph after each pass, by the pass's name.
+    """
     debug, check = os.environ.get("SCG_DEBUG", "0") != "0", os.environ.get("SCG_VERIFY", "1") != "0"
     for name, rewrite in pipeline(insert, credit, closed_forms):
         before, graph = graph, rewrite(graph)
+        if history is not None:
+            history.append((name, graph))
         if debug:
             from scg.debug import show_diff
 

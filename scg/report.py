@@ -22,6 +22,8 @@ from scg.estimators.rows import SAMPLES, enumerated_rows, meeting, own_dims
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Cost, Graph, Marginal, Sample
 
+_MOST_COSTS = 8
+"""Credited costs that a row names one by one."""
 _WRAP = 36
 """Widest cell of the terminal table; longer texts go over several lines."""
 
@@ -185,11 +187,16 @@ def _row(graph: Graph, site: Sample, evaluations: Mapping[str, int]) -> Row:
         shape=str(site.type),
         estimator=", ".join(estimator_texts(graph, site)) or "—",
         why=site.reason or "—",
-        costs=", ".join(costs) or "none",
+        costs=", ".join(_shortened(costs)) or "none",
         biased="—" if estimator is None else "no" if estimator.unbiased else "BIASED",
         rows=rows if estimator else "—",
         where=site.loc or "—",
     )
+
+
+def _shortened(names: list[str]) -> list[str]:
+    """The first, the last and how many, of a long list."""
+    return names if len(names) <= _MOST_COSTS else [*names[:2], f"… {names[-1]}", f"{len(names)} in all"]
 
 
 def estimator_texts(graph: Graph, site: Sample) -> list[str]:

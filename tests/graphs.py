@@ -129,8 +129,9 @@ def belief_net(b: int = 100) -> Graph:
     top = m.dist("top", Bernoulli(logits=torch.zeros(200)), m.param("prior_logits", 200))
     lq2, lp2 = m.log_prob("lq2", q2, z2, (b, 200)), m.log_prob("lp2", top, z2, (b, 200))
     kl2 = m.cost("kl2", m.op("k2", aten.sub.Tensor, lq2, lp2, shape=(b, 200)), (b, 200), 13)
-    tail = [m.op("t1", aten.add.Tensor, nll, kl1), m.op("t2", aten.add.Tensor, Ref("t1"), kl2)]
-    loss = m.op("loss", aten.mean.default, tail[-1])
+    sums = [m.op(f"s{i}", aten.sum.default, cost) for i, cost in enumerate((nll, kl1, kl2))]
+    tail = [*sums, m.op("t1", aten.add.Tensor, *sums[:2]), m.op("t2", aten.add.Tensor, Ref("t1"), sums[2])]
+    loss = m.op("loss", aten.div.Tensor, tail[-1], b)
     edges = {("z1", "nll"): "tm", ("z1", "kl1"): "tm", ("z1", "kl2"): "tm", ("z2", "kl1"): "tm", ("z2", "kl2"): "tt"}
     return m.graph(loss, [*tail, loss], edges, samples=4)
 

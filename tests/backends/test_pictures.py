@@ -14,16 +14,23 @@ import pytest
 import torch
 from torch.distributions import Bernoulli
 
+import scg
+from scg.backends.boxes import Box, Picture
 from scg.backends.dot import PALETTE, to_dot
-from scg.backends.html import page
-from scg.backends.layout import lay_out
+from scg.backends.dropped import dropped
+from scg.backends.html import UNFOLDED, page
+from scg.backends.layout import lay_out, svg
 from scg.backends.pictures import SUFFIXES, inline_svg, render
-from scg.backends.views import VIEWS, Box, Picture, picture
+from scg.backends.shares import VarianceShares
+from scg.backends.stages import Stage, changes
+from scg.backends.views import picture
 from scg.errors import ScgError
 from scg.ir import Graph
 from tests import graphs
 
 SVG = "{http://www.w3.org/2000/svg}"
+VIEWS = ("stochastic", "dataflow", "credit")
+"""Those of a graph alone."""
 EXAMPLES: dict[str, Callable[[], Graph]] = {
     "vae": graphs.vae,
     "belief_net": graphs.belief_net,
@@ -84,17 +91,17 @@ def test_parameters_prepared_in_the_distribution_line_belong_to_the_site() -> No
 
 
 def test_many_credit_edges_become_a_line_in_each_site() -> None:
-    drawn = picture(graphs.policy(8))
+    drawn = picture(graphs.policy(8), fold=False)
     assert not arrows(drawn, "credit")
     assert text(box(drawn, "a_1 ~ Categorical"))[-1] == "⇠ cost_1 … cost_7 (7)"
-    assert len(arrows(picture(graphs.policy(8), "credit"), "credit")) == 36
+    assert len(arrows(picture(graphs.policy(8), "credit", fold=False), "credit")) == 36
 
 
 @pytest.mark.parametrize("name", ["vae", "belief_net", "policy"])
 def test_boxes_show_no_influence_that_is_not_there(name: str) -> None:
     """A path between two sites, or from a site to a cost, is in the picture exactly if it is in the graph."""
     graph = EXAMPLES[name]()
-    drawn = picture(graph)
+    drawn = picture(graph, fold=False)
     home = {member: b.id for b in drawn.boxes for member in b.members}
     below: dict[str, set[str]] = {b.id: set() for b in drawn.boxes}
     for arrow in drawn.arrows:
@@ -138,7 +145,7 @@ def test_dataflow_view_has_every_node_in_its_module() -> None:
 
 
 def test_unknown_view_and_suffix(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="known: stochastic, dataflow, credit"):
+    with pytest.raises(ValueError, match="known: stochastic, dataflow, credit, passes, variance"):
         picture(graphs.vae(), "pretty")
     with pytest.raises(ValueError, match=r"must be one of \.svg"):
         render(graphs.vae(), tmp_path / "graph.docx")
@@ -165,7 +172,7 @@ def test_svg_is_well_formed_and_says_where_things_come_from(name: str, view: str
         shown = [
             "".join(line.itertext()).replace("\N{NO-BREAK SPACE}", " ") for line in nodes[b.id].findall(f"{SVG}text")
         ]
-        assert shown == text(b)
+        assert shown == text(b) + ([f"×{b.count}"] if b.count > 1 and f"×{b.count}" not in b.cluster else [])
     edges = [str(group.findtext(f"{SVG}title")) for group in groups if "edge" in group.get("class", "")]
     assert sorted(edges) == sorted(arrow.tooltip for arrow in drawn.arrows)
     assert not [element for element in root.iter() if element.tag in (f"{SVG}a", f"{SVG}script") or element.get("id")]
@@ -226,7 +233,8 @@ def test_page_is_self_contained_and_escaped(name: str) -> None:
     assert not parser.links
     assert "@@" not in html
     data = json.loads(parser.data)
-    assert set(data["boxes"]) == set(VIEWS)
+    views = {view.removesuffix(UNFOLDED) for view in {*data["boxes"], *data["packed"]}}
+    assert views == set(VIEWS)
     assert set(data["sites"]) == set(graph.sites)
 
 
@@ -248,7 +256,7 @@ def test_a_graph_shows_itself_in_a_notebook() -> None:
 
 
 def test_a_long_chain_is_drawn_in_seconds() -> None:
-    drawn = picture(graphs.policy(100))
+    drawn = picture(graphs.policy(100), fold=False)
     assert sum(b.kind == "site" for b in drawn.boxes) == 100
 
 
@@ -257,3 +265,133 @@ def test_pictures_of_graphs_do_not_change_them() -> None:
     before = str(graph)
     picture(graph)
     assert str(graph) == before
+
+
+# -- folding ----------------------------------------------------------------------------------------------------------
+def test_steps_of_a_loop_are_drawn_once() -> None:
+    drawn = picture(graphs.policy(8))
+    counts = {b.title: b.count for b in drawn.boxes}
+    assert counts == {
+        "s": 1, "pi": 8, "a_t ~ Categorical": 8, "reward": 8, "cost_t": 8, "add": 7,
+    }  # fmt: skip
+    assert {b.cluster for b in drawn.boxes if b.count > 1} == {("×8",)}
+    assert text(box(drawn, "a_t ~ Categorical"))[2] == "score_function ×7, enumerate ×1"
+    (credit,) = [arrow for arrow in drawn.arrows if arrow.kind == "credit"]
+    assert credit.label == "tied 0 · own step and later"
+    assert {(titles(drawn)[a.tail], titles(drawn)[a.head]) for a in drawn.arrows if a.again} == {
+        ("a_t ~ Categorical", "add"), ("add", "add"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_folding_keeps_every_node_and_every_arrow(view: str) -> None:
+    graph = graphs.policy(6)
+    whole, folded = picture(graph, view, fold=False), picture(graph, view)
+    assert sorted(name for b in folded.boxes for name in b.members) == sorted(
+        name for b in {b.members: b for b in whole.boxes}.values() for name in b.members
+    )
+    home = {name: b.id for b in folded.boxes for name in b.members}
+    place = {b.id: b.members[0] for b in whole.boxes}
+    kept = {(a.tail, a.head, a.kind) for a in folded.arrows}
+    for arrow in whole.arrows:
+        assert (home[place[arrow.tail]], home[place[arrow.head]], arrow.kind) in kept
+
+
+def test_three_alike_are_not_folded() -> None:
+    assert not picture(graphs.policy(3)).folded
+
+
+def test_two_sites_a_step_stay_two() -> None:
+    m = graphs.Maker("f", "f.py")
+    x, total = m.input("x", 3), []
+    for t in range(5):
+        for name in ("z", "w"):
+            z = m.sample(f"{name}_{t}", m.dist(f"d{name}{t}", Bernoulli(torch.ones(3)), x, line=2), (3,), 2)
+            total += [m.op(f"a_{name}_{t}", torch.ops.aten.exp.default, z, shape=(3,), line=3)]
+    drawn = picture(m.graph(m.op("sum", torch.ops.aten.stack.default, total, line=4), [], {}), "dataflow")
+    counts = [(b.title, b.count) for b in drawn.boxes if b.count > 1 and b.kind == "site"]
+    assert counts == [("z_t ~ Bernoulli", 5), ("w_t ~ Bernoulli", 5)]
+
+
+# -- what was not credited, passes, variance --------------------------------------------------------------------------
+def test_dropped_edges_say_why() -> None:
+    drawn = picture(graphs.belief_net(), "credit")
+    missing = {(titles(drawn)[a.tail], titles(drawn)[a.head]): a.label for a in drawn.arrows if a.kind == "dropped"}
+    assert missing == {("nll", "z2 ~ Bernoulli"): "not downstream"}
+    assert "does not teach" in next(a.tooltip for a in drawn.arrows if a.kind == "dropped")
+
+
+def test_stopped_paths_are_told_from_missing_ones() -> None:
+    mu = torch.nn.Parameter(torch.zeros(3))
+
+    def loss() -> torch.Tensor:
+        z = torch.distributions.Normal(mu, 1.0).rsample()
+        y = torch.distributions.Normal(mu, 1.0).rsample()
+        far = scg.cost((z.detach() ** 2).sum(), "far")
+        return far + scg.cost((y * z).sum(), "near")
+
+    graph = scg.compile(loss, example_inputs=()).graph
+    assert dropped(graph) == {("z", "far"): "only stopped paths", ("y", "far"): "not downstream"}
+
+
+def test_passes_side_by_side() -> None:
+    theta = torch.nn.Parameter(torch.zeros(3))
+    compiled = scg.compile(lambda: Bernoulli(logits=theta).sample().sum() * 2, example_inputs=())
+    assert compiled._latest is not None
+    history = [Stage(name, graph) for name, graph in compiled._latest.history]
+    drawn = picture(compiled.graph, "passes", history=history)
+    frames = list(dict.fromkeys(b.cluster[0].split()[0] for b in drawn.boxes))
+    assert frames[0] == "traced" and frames[-1] == "insert_estimators"
+    marks = {(b.cluster[0].split()[0], b.mark): b.title for b in drawn.boxes if b.mark}
+    assert "Bernoulli" in marks["insert_estimators", "changed"]
+    assert ("split_costs", "new") in marks
+    assert {box.kind for box in drawn.boxes if not box.lines} == {"anchor"}
+    for before, after in zip(history, history[1:], strict=False):
+        (change,) = changes([before, after])
+        assert set(change.new) == set(after.graph.nodes) - set(before.graph.nodes)
+        assert set(change.gone) == set(before.graph.nodes) - set(after.graph.nodes)
+    assert ET.fromstring(svg(drawn)).get("class") == "scg"
+    with pytest.raises(ValueError, match="call render of a compiled module"):
+        picture(compiled.graph, "passes")
+
+
+def test_variance_shares_colour_sites_and_edges() -> None:
+    shares = VarianceShares({("z", "nll"): 0.75, ("z", "kl"): 0.005}, note="1,000 draws")
+    drawn = picture(graphs.vae(), "variance", shares=shares)
+    assert box(drawn, "z ~ Bernoulli").share == pytest.approx(0.755)
+    assert {a.share for a in drawn.arrows if a.kind == "credit"} == {0.75, 0.005}
+    dot = to_dot(drawn)
+    assert PALETTE["share 4"][0] in dot and "75 %" in dot and "0.5 % · tied 0" in dot and "1,000 draws" in dot
+    assert "15–35 %" in dot, "the legend tells the colours"
+    with pytest.raises(ValueError, match="site 'y', which VAE does not have"):
+        picture(graphs.vae(), "variance", shares=VarianceShares({("y", "nll"): 1.0}))
+    with pytest.raises(ValueError, match="needs measurements"):
+        picture(graphs.vae(), "variance")
+
+
+def test_shares_of_folded_steps_add_up() -> None:
+    shares = VarianceShares({("a_1", "cost_1"): 0.2, ("a_2", "cost_2"): 0.3})
+    drawn = picture(graphs.policy(8), "variance", shares=shares)
+    assert box(drawn, "a_t ~ Categorical").share == pytest.approx(0.5)
+
+
+def _contrast(one: str, other: str) -> float:
+    """Ratio of the luminances of two colours (WCAG 2)."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_stands_out_in_light_and_dark(theme: int) -> None:
+    colour = {role: pair[theme] for role, pair in PALETTE.items()}
+    areas = ["page", "site", "block", "opaque", "cost", "cluster", *(f"share {i}" for i in range(5))]
+    assert all(_contrast(colour["ink"], colour[area]) > 4.5 for area in areas)
+    assert all(_contrast(colour["muted"], colour[area]) > 4.0 for area in ("page", "site", "block", "cost", "cluster"))
+    levels = [_contrast(colour[f"share {i}"], colour["page"]) for i in range(5)]
+    assert levels == sorted(levels), "shares are told by lightness, which every eye sees"
