@@ -77,8 +77,14 @@ ESTIMATORS: dict[str, tuple[Any, int]] = {
 }
 
 
-@pytest.mark.parametrize("label", ESTIMATORS)
-@pytest.mark.parametrize("name", PROGRAMS)
+CASES = [
+    pytest.param(name, label, marks=[pytest.mark.slow] * (label == "leave_one_out" and name in ("ladder", "joined")))
+    for name in PROGRAMS
+    for label in ESTIMATORS
+]
+
+
+@pytest.mark.parametrize(("name", "label"), CASES)
 def test_unbiased(name: str, label: str) -> None:
     program, bits = PROGRAMS[name]
     estimator, samples = ESTIMATORS[label]
@@ -91,7 +97,7 @@ def test_unbiased(name: str, label: str) -> None:
     assert_unbiased(Problem(model, bits=bits), estimator=estimator, samples=samples, closed_forms=True)
 
 
-@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("K", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["chain", "reported_costs", "annealed_beta", "sampled_mask", "score_above_enumerated"])
 def test_programs_of_law_2(name: str, K: int) -> None:
     problem = PROBLEMS[name]()

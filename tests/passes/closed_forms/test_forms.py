@@ -56,7 +56,7 @@ def test_central_moments_are_those_of_sympy(name: str) -> None:
     x, y = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (A, B))
     dist = make(x, y)
     mean = raw(1)
-    for order in range(2, ORDERS - 1):
+    for order in range(2, ORDERS - 2):
         wanted = sum(sympy.binomial(order, i) * raw(i) * (-mean) ** (order - i) for i in range(order + 1))
         numbers = [expr.subs({a: sympy.Rational(7, 10), b: sympy.Rational(19, 10)}).evalf(30)
                    for expr in (wanted, sympy.diff(wanted, a), sympy.diff(wanted, b))]  # fmt: skip
