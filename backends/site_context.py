@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from scg.backends import runtime
 from scg.backends.batching import Batched
 from scg.backends.cuts import Below, causal_dim, cut_below
 from scg.backends.hindsight import hindsight
-from scg.backends.recorder import compile_time, record_call
+from scg.backends.recorder import compile_time, record_call, record_constant
 from scg.backends.reruns import rerun
 from scg.backends.single_changes import changed_signal
 from scg.estimators.base import Hindsight, Rerun, RowEstimator, SiteInfo
@@ -112,6 +112,9 @@ class Context:
         """Adds a scalar to the surrogate, in the units of the signal: the pathwise part of a control variate."""
         self.surrogate = surrogate if self.surrogate is None else self.surrogate + surrogate
 
+    def constant(self, make: Callable[[], Tensor]) -> Tensor:
+        return record_constant(make)
+
     def variable(self, value: Tensor) -> Tensor:
         return record_call(_VARIABLE, value)  # type: ignore[no-any-return]
 
@@ -122,6 +125,8 @@ class Context:
                 isinstance(node, Input) if names is None else bool({node.name, getattr(node, "path", "")} & {*names})
             )
             if wanted:
+                if node.name not in self._of.env:  # an input that the model itself does not read
+                    self._of.evaluate(node)
                 value: Batched = self._of.env[node.name]
                 found.append(self._of.dims.align(value, self.dims).detach())
         return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import scg
-from benchmarks import chain, layers, vae
+from benchmarks import chain, layers, tokens, vae
 from benchmarks.measure import Step, in_new_process, machine, paired, peak_bytes, seconds
 
 SAMPLES = 4
@@ -122,6 +122,21 @@ def bench_hnca(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
         yield f"{name}, step against backpropagation of as many rows", ratio, "at most 3x"
 
 
+def bench_tokens(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
+    """Replayed answers of an autoregressive policy, leave-one-out over groups of eight."""
+    model = tokens.Policy(4, 8) if quick else tokens.Policy()
+    prompt = torch.randint(4, (2 if quick else 8,))
+    batch = (prompt, *model.answers(prompt, 8, 5 if quick else 16))
+    loss = tokens.compiled(model)
+    ours = training_step(lambda: loss(*batch), model)
+    hand = training_step(lambda: tokens.by_hand(model, *batch), model)
+    yield (
+        "token policy, leave-one-out from replayed answers",
+        str(paired(ours, hand, 3 if quick else 200)),
+        "at most 1.1x",
+    )
+
+
 FIRST_CALL = """
 import time, torch
 torch.set_num_threads(1)
@@ -159,6 +174,7 @@ BENCHMARKS = {
     "chain": bench_chain,
     "local_expectation": bench_local_expectation,
     "hnca": bench_hnca,
+    "tokens": bench_tokens,
     "startup": bench_startup,
 }
 

@@ -252,6 +252,13 @@ class _Choice:
     def _check_reads(self, site: Sample, estimator: Estimator) -> None:
         """A baseline must not see a consequence of its site."""
         names = estimator.reads()
+        paths = {node.path for node in self.graph.of(Input)}
+        for name in estimator.logged:
+            if name not in paths and name not in self.graph.nodes:
+                raise EstimatorError(
+                    f"%{site.name} ({site.loc}): {estimator.name} reads {name!r}, which is no input that the model "
+                    f"reads; inputs: {', '.join(sorted(paths)) or 'none'}"
+                )
         if isinstance(names, str):
             return  # its sufficient context, found by the same rules
         inputs = {node.path: node.name for node in self.graph.of(Input)}
@@ -333,13 +340,14 @@ class _Choice:
             doubly_break=doubly_break(self.graph, self.found, self.smooth, site, self._credited(site)),
             rerun_break=rerun_break(self.graph, site),
             index_use=site.index_use or None,
-            untied=self._untied(site),
+            links=self._links(site),
+            shares_costs=any(self.found.sites(cost) - {site.name} for cost in self._credited(site)),
         )
 
-    def _untied(self, site: Sample) -> tuple[int, ...]:
-        edges = [edge for (name, _), edge in self.graph.credit.items() if name == site.name]
-        wide = [dim for dim in range(site.tensor.ndim - site.tensor.event_ndim) if site.tensor.shape[dim] > 1]
-        return tuple(dim for dim in wide if any(edge.words[dim] != "tied" for edge in edges))
+    def _links(self, site: Sample) -> tuple[frozenset[str], ...]:
+        edges = [self.graph.credit[site.name, cost] for cost in self._credited(site)]
+        sizes = site.tensor.shape[: site.tensor.ndim - site.tensor.event_ndim]
+        return tuple(frozenset(edge.words[dim] for edge in edges if size > 1) for dim, size in enumerate(sizes))
 
     def _joins(self, site: Sample) -> bool:
         """Does a multi-sample bound over several draws stand between the site and a cost?"""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import scg
-from benchmarks import chain, vae
+from benchmarks import chain, tokens, vae
 from scg.exact import exact
 from tests.law2 import expected_estimate
 
@@ -42,6 +42,17 @@ def test_the_compiled_gradient_is_the_hand_written_one(name: str) -> None:
         torch.manual_seed(1)
         gradients.append(torch.autograd.grad(loss(), list(model.parameters())))
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_the_compiled_loss_of_replayed_tokens_is_the_hand_written_one() -> None:
+    model = tokens.Policy(5, 8).double()
+    prompt = torch.randint(5, (3,))
+    answers, mask, reward = model.answers(prompt, 4, 6)
+    batch = (prompt, answers, mask.double(), reward.double())
+    losses = (tokens.compiled(model)(*batch), tokens.by_hand(model, *batch))
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow

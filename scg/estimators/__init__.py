@@ -12,6 +12,7 @@ from scg.estimators.arsm import ARSM
 from scg.estimators.base import Estimator
 from scg.estimators.bitflip import BitFlip
 from scg.estimators.carms import CARMS
+from scg.estimators.clipped_surrogate import ClippedSurrogate
 from scg.estimators.critic import Critic, CriticOnly, GradientCritic
 from scg.estimators.decoupled_st import DecoupledST
 from scg.estimators.disarm import DisARM
@@ -19,9 +20,11 @@ from scg.estimators.double_cv import DoubleCV
 from scg.estimators.dreg import DReG
 from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.go_gradient import GoGradient
+from scg.estimators.group_relative import GroupRelative
 from scg.estimators.gumbel_rao import GumbelRao
 from scg.estimators.gumbel_softmax import GumbelSoftmax
 from scg.estimators.hnca import HNCA
+from scg.estimators.importance_weighted import ImportanceWeighted
 from scg.estimators.indecater import IndeCateR
 from scg.estimators.lax import Lax
 from scg.estimators.local_expectation import LocalExpectation
@@ -49,6 +52,7 @@ GROUPS: dict[str, tuple[type[Estimator], ...]] = {
     "Draws without replacement": (UnorderedSet, WithoutReplacement, SumAndSample, Mapo),
     "Control variates": (Relax, Rebar, Lax, MuProp, DoubleCV, Rodeo),
     "Critics": (Critic, ActorCritic, CriticOnly, GradientCritic, NVIL),
+    "Replayed draws": (ImportanceWeighted, ClippedSurrogate, GroupRelative),
     "Relaxations": (GumbelSoftmax, StraightThrough, ReinMax, GumbelRao, DecoupledST),
     "Multi-sample bounds": (DReG,),
     "Finite differences": (SPSA,),

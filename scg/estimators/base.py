@@ -14,7 +14,7 @@ The backend dispatches on these four, never on a name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -82,8 +82,10 @@ class SiteInfo:
     """Why what lies below the site cannot be evaluated at other outcomes, with the place."""
     context: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Of a site whose estimator reads its sufficient context: names and shapes of the values, the site left out."""
-    untied: tuple[int, ...] = ()
-    """Element dims in which some credited cost sees more than one index or none."""
+    links: tuple[frozenset[str], ...] = ()
+    """How credited costs meet each element dim: the words of their credit edges, none for a dim of size 1."""
+    shares_costs: bool = False
+    """Whether a credited cost depends on another site as well."""
 
     @property
     def family(self) -> str:
@@ -159,6 +161,11 @@ class Estimator:
 
     def reads(self) -> Reads:
         """What learned parts read beside the draw."""
+        return ()
+
+    @property
+    def logged(self) -> tuple[str, ...]:
+        """Names of the inputs that hold what was logged with a replayed draw."""
         return ()
 
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...], draws: int) -> nn.Module | None:
@@ -326,6 +333,9 @@ class SiteContext(Protocol):
 
     def add(self, surrogate: Tensor) -> None:
         """Adds a scalar (already a mean over draws) to the surrogate, in the units of ``signal``."""
+
+    def constant(self, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor made once, before the program runs."""
 
     def variable(self, value: Tensor) -> Tensor:
         """The value as an independent variable to differentiate by: no gradient leaves it."""

@@ -20,6 +20,7 @@ class Baseline:
     """Base of the built-in baselines."""
 
     name: ClassVar[str] = ""
+    unbiased: ClassVar[bool] = True
     learned: ClassVar[bool] = False
     """Whether it brings parameters of its own."""
     evaluations: ClassVar[int] = 0
@@ -110,7 +111,7 @@ def group_fits(site: SiteInfo, group: int) -> Support:
     sizes = site.element_shape
     if not 0 <= group < len(sizes) or sizes[group] < 2:
         return Support(False, f"group={group} is no element dim of two or more of its elements {list(sizes)}")
-    if group in site.untied:
+    if site.links and site.links[group] != {"tied"}:
         return Support(False, f"dim {group} is no group of independent draws: a cost sees several of them")
     return YES
 

@@ -46,6 +46,10 @@ class ScoreFunction(ScoreEstimator):
         super().__post_init__()
         if isinstance(self.baseline, str) and self.baseline != AUTO and self.baseline not in BASELINES:
             raise ValueError(near_miss("baseline", self.baseline, [*BASELINES, AUTO]))
+        if self.unbiased and isinstance(self.baseline, Baseline) and not self.baseline.unbiased:
+            raise ValueError(
+                f"{self.name}: {self.baseline.name!r} is biased; clipped_surrogate and group_relative take it"
+            )
 
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:

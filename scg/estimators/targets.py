@@ -110,9 +110,14 @@ def target_of(context: SiteContext, predict: Predicts, target: Target) -> Tensor
     axis = error.dim() - len(context.site.element_shape) + dim
     size = error.shape[axis]
     weights = target.weights(size)
-    rows = [[weights[j - i - 1] if j > i else 0.0 for j in range(size)] for i in range(size)]  # [i, j]: i sees V_j
-    table = torch.tensor(rows, dtype=error.dtype, device=error.device)
-    return context.signal + (error.movedim(axis, -1) @ table.T).movedim(-1, axis)
+
+    def make() -> Tensor:
+        ahead = torch.arange(size) - torch.arange(size)[:, None]  # [i, j]: j is that many steps after i
+        table = torch.tensor(weights, dtype=torch.float64)[(ahead - 1).clamp(min=0)]
+        return torch.where(ahead > 0, table, 0.0).T.to(error.dtype).to(error.device)
+
+    table = context.constant(make)
+    return context.signal + (error.movedim(axis, -1) @ table).movedim(-1, axis)
 
 
 def _error(context: SiteContext, predict: Predicts) -> Tensor:
