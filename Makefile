@@ -22,6 +22,10 @@ demo: $(STAMP)  ## train a discrete VAE on digits; writes its picture and report
 gallery: $(STAMP)  ## draw the pictures of docs/gallery again
 	$(BIN)/python examples/gallery.py --out docs/gallery
 
+docs: $(STAMP)  ## the documentation as a web site in site/; warnings are errors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 test: $(STAMP)  ## the quick tests, two processes
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
@@ -47,4 +51,4 @@ bench: $(STAMP)  ## paired timings against hand-written PyTorch and against peer
 	$(BIN)/python -m benchmarks.peers
 
 clean:  ## remove build products, not the environment
-	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist out site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -181,7 +181,7 @@ def _arrow(arrow: Arrow, id: str) -> str:
     if arrow.share is not None:
         role, width, text = (
             "share line",
-            1 + 4 * arrow.share,
+            1 + 4 * max(arrow.share, 0.0),
             f"{percent(arrow.share)} · {text}" if text else percent(arrow.share),
         )
     label = _label(text, "muted" if arrow.kind == "dropped" else role, arrow.tooltip) if text else ""

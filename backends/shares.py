@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from scg.backends.boxes import Arrow, Box, Picture
 from scg.ir import Graph
@@ -21,11 +22,20 @@ class VarianceShares:
     """
 
     shares: Mapping[tuple[str, str], float]
-    """(site, name of the cost node or its label) to a share; together at most 1, what is missing being not measured."""
+    """(site, name of the cost node or its label) to a share; what is missing was not measured."""
     note: str = ""
     """How it was measured, for the caption: ``1,000 draws``."""
     sites: Mapping[str, float] = field(default_factory=dict)
     """Shares of whole sites, where they are not the sums of their edges'."""
+
+    @classmethod
+    def of(cls, measured: Any) -> VarianceShares:
+        """From a mapping, or from what holds one as ``shares``, as `scg.VarianceBudget` does."""
+        if isinstance(measured, cls):
+            return measured
+        shares = measured if isinstance(measured, Mapping) else measured.shares
+        draws = getattr(measured, "draws", None)
+        return cls({key: share for key, share in shares.items() if key[0]}, f"{draws:,} draws" if draws else "")
 
     def site(self, name: str) -> float:
         """Share of one site."""

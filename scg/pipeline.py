@@ -271,7 +271,7 @@ class CompiledModule(nn.Module):
             path: where to.
             view: ``stochastic``, ``dataflow``, ``credit``, ``passes`` or ``variance``.
             fold: draw what is repeated once, with a count.
-            shares: `scg.backends.shares.VarianceShares`, or ``{(site, cost): share}``, for the view ``variance``.
+            shares: what `scg.variance_budget` found, or ``{(site, cost): share}``, for the view ``variance``.
         """
         from scg.backends.pictures import render
         from scg.backends.shares import VarianceShares
@@ -280,8 +280,7 @@ class CompiledModule(nn.Module):
         graph, code = self.graph, self.code if str(path).lower().endswith(".html") else ""
         assert self._latest is not None
         history = [Stage(name, at) for name, at in self._latest.history]
-        if shares is not None and not isinstance(shares, VarianceShares):
-            shares = VarianceShares(shares)
+        shares = None if shares is None else VarianceShares.of(shares)
         return render(
             graph, path, view, self.explain(), code=code, fold=fold, history=history, shares=shares,
             order=self.options.order,

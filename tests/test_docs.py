@@ -17,7 +17,7 @@ from tests.law2 import assert_unbiased
 from tests.problems import PROBLEMS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 PRELUDE = """
 from dataclasses import dataclass

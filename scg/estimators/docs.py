@@ -149,6 +149,19 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def facts(cls: type[Estimator]) -> str:
+    """Reference, bias, cost and distributions, as a table."""
+    fitting = [site for site in map(_info, _families()) if cls().check(site)]
+    rows = {
+        "reference": cls.reference,
+        "biased": "no" if cls.unbiased else "yes",
+        "how": _way(cls),
+        "evaluations": _evaluations(cls, fitting),
+        "distributions": ", ".join(site.family for site in fitting),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
 def section(cls: type[Estimator]) -> str:
     """An estimator's docstring in Markdown, with its options."""
     blocks = [f"### `{cls.name}`", "\n\n".join(_blocks(inspect.getdoc(cls) or ""))]
