@@ -244,10 +244,10 @@ class Rows:
             return None
         ref, value = moving[0], self.own[moving[0]]
         leaving = self.of.levels[ref] - self.of.levels[node.name]
-        relation = self.of.found.relation(ref, self.site.name)
-        if not leaving or relation is None or not isinstance(value, Batched):
+        if not leaving or not isinstance(value, Batched) or not value.tensor.dtype.is_floating_point:
             return None
-        if not value.tensor.dtype.is_floating_point:
+        relation = self.of.found.relation(ref, self.site.name)
+        if relation is None:
             return None
         with compile_time():
             found = positions(relation, {dim: rows for dim, rows in self.rows.items() if dim in leaving})

@@ -161,6 +161,13 @@ def nothing_joined() -> Tensor:
     return (torch.exp(z) * GATE).sum()
 
 
+def several_outputs() -> Tensor:
+    z = bits()
+    most, _ = (z * GATE).max(-1)
+    first, rest = torch.split(torch.tanh(z * GATE), [1, D - 1], -1)
+    return torch.exp(most).mean() + rough(first + nn.functional.linear(rest, W[:, 1:]))
+
+
 def mixed_batch() -> Tensor:
     z = bits()
     return rough(nn.functional.linear(z - z.mean(0), W))
@@ -170,7 +177,7 @@ PROGRAMS = (
     linear, addmm, matmul_on_the_right, matrix_vector, vector_matrix, batched_matmul, einsum, sums, pointwise_first,
     scaled_after, side_by_side, reversed_elements, twice_the_same, some_elements, gated, two_joined_dims,
     one_dim_after_the_other, all_dims_summed, one_hot, index, elementwise_costs, own_density, nothing_joined,
-    mixed_batch,
+    several_outputs, mixed_batch,
 )  # fmt: skip
 
 
