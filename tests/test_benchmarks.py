@@ -67,3 +67,10 @@ def test_the_reproductions_run() -> None:
     command = [sys.executable, "-m", "benchmarks.papers", "--quick"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.count("| what | theirs | ours | holds |") == 6
+
+
+@pytest.mark.slow
+def test_the_variance_of_closed_forms_is_measured() -> None:
+    command = [sys.executable, "-m", "benchmarks.closed_forms", "--quick"]
+    table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert table.count("\n") == 2 + 2 * 3 * 3
