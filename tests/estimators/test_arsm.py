@@ -16,8 +16,18 @@ from tests.estimators.finite_noise import moments
 from tests.estimators.swap_cells import FiniteARSM, cells
 from tests.law2 import assert_unbiased
 
-SLOW = ("from_probabilities", "integer_index", "categorical_elbo", "opaque_reward", "upstream", "both",
-        "below enumerated", "above local expectation")  # fmt: skip
+SLOW = (
+    "from_probabilities",
+    "integer_index",
+    "one_hot",
+    "above a Bernoulli",
+    "categorical_elbo",
+    "opaque_reward",
+    "upstream",
+    "both",
+    "below enumerated",
+    "above local expectation",
+)
 """Hundreds of joint draws."""
 
 

@@ -16,7 +16,7 @@ from tests.estimators.categoricals import MIXES, PROGRAMS, mixed
 from tests.estimators.finite_noise import FiniteARMS, FiniteCARMS, moments
 from tests.law2 import assert_unbiased
 
-SLOW = ("from_probabilities", "integer_index", "categorical_elbo", "opaque_reward", "upstream", "both",
+SLOW = ("from_probabilities", "integer_index", "one_hot", "categorical_elbo", "opaque_reward", "upstream", "both",
         "below enumerated", "above local expectation", "above a Bernoulli", "tied_vectors")  # fmt: skip
 """Hundreds of joint draws."""
 
@@ -42,6 +42,7 @@ def test_unbiased_beside_others(mix: str) -> None:
     assert_unbiased(problem, estimators=estimators)
 
 
+@pytest.mark.slow
 def test_unbiased_with_two_sets_of_rows() -> None:
     assert_unbiased(PROGRAMS["jumps"](), estimator=FiniteCARMS(samples=2), samples=2)
 

@@ -76,7 +76,7 @@ class Setting:
         return means, squares - means**2
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, -0.7])
+@pytest.mark.parametrize("alpha", [0.0, pytest.param(0.5, marks=pytest.mark.slow), -0.7])
 @pytest.mark.parametrize("draws", [1, 2])
 def test_mean_is_the_gradient_of_the_bound(draws: int, alpha: float) -> None:
     setting = Setting(draws=draws)
@@ -88,6 +88,7 @@ def test_mean_is_the_gradient_of_the_bound(draws: int, alpha: float) -> None:
     assert (variance[:2] < plain[:2]).all()
 
 
+@pytest.mark.slow
 def test_three_draws() -> None:
     setting = Setting(nodes=24, draws=3)
     model = setting.loss()
