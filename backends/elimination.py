@@ -18,12 +18,18 @@ from torch import Tensor
 
 from scg.analysis.factors import plates_of, summed_along
 from scg.backends.batching import Batched, SampleDims, stop_gradient
+from scg.backends.recorder import narrowest
 from scg.backends.terms import MANY
 from scg.ir import Marginal
 
 
 def log_marginal(
-    dims: SampleDims, node: Marginal, values: Sequence[Batched], weights: Sequence[Batched], order: Sequence[str]
+    dims: SampleDims,
+    node: Marginal,
+    values: Sequence[Batched],
+    weights: Sequence[Batched],
+    sequence: Sequence[str],
+    order: int = 1,
 ) -> Batched:
     """The value of ``node``: ``-log sum_z p(z) exp(-sum of scaled values)``, ``[*dims of other sites | *B]``.
 
@@ -32,22 +38,38 @@ def log_marginal(
         node: split into factors.
         values: of its factors, ``[*dims | *S]``.
         weights: log probabilities of its sites' rows, ``[*dims, R | *elements]``, size 1 along joined elements.
-        order: in which its sites are summed out.
+        sequence: in which its sites are summed out.
+        order: how many derivatives will be taken.
     """
     shape = node.tensor.shape
     ndim = len(shape) + len(node.plates)
     factors = []
     for factor, value in zip(node.factors, values, strict=True):
-        tensor = summed_along(value.tensor, factor.axes, ndim, lead=len(value.dims))
+        tensor = summed_along(_narrowed(value, factor.axes, len(shape)), factor.axes, ndim, lead=len(value.dims))
         tensor = tensor if factor.scale == -1.0 else tensor * -factor.scale
+        tensor = torch.clamp_min(tensor, _barred(tensor))  # the data may be impossible, the maximum is still finite
         factors.append(LogFactor(Batched(tensor, value.dims)))
     for site, weight in zip(node.sites, weights, strict=True):
-        tensor = summed_along(weight.tensor, site.axes, ndim, lead=len(weight.dims))
+        tensor = summed_along(_narrowed(weight, site.axes, len(shape)), site.axes, ndim, lead=len(weight.dims))
         factors.append(LogFactor(Batched(tensor, weight.dims), bounded=True))
-    found = Elimination(dims, plates_of(node), factors)(order)
+    found = Elimination(dims, plates_of(node), factors, order)(sequence)
     lead = found.tensor.shape[: len(found.dims)]
-    total = found.tensor.reshape([*lead, *found.shape[: len(shape)]]).expand([*lead, *shape])
-    return Batched(-total, found.dims)
+    total = torch.threshold(found.tensor, _barred(found.tensor) / 2, -math.inf)
+    return Batched(-total.reshape([*lead, *found.shape[: len(shape)]]).expand([*lead, *shape]), found.dims)
+
+
+def _barred(tensor: Tensor) -> float:
+    """The logarithm that stands for no chance at all: many of them can be added up."""
+    return float(torch.finfo(tensor.dtype).min) * 1e-8
+
+
+def _narrowed(value: Batched, axes: Sequence[int | None], ndim: int) -> Tensor:
+    """``value`` of size 1 along those of the first ``ndim`` axes along which it is known not to vary."""
+    narrow, lead = narrowest(value.tensor), len(value.dims)
+    free = [False] * lead + [axis is not None and axis < ndim for axis in axes]
+    shapes = zip(free, narrow.shape, value.tensor.shape, strict=True)
+    sizes = [small if may else size for may, small, size in shapes]
+    return narrow if sizes == list(narrow.shape) else narrow.expand(sizes)
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,8 @@ class LogFactor:
     value: Batched
     bounded: bool = False
     """Whether its entries are log probabilities: at most zero, and not all far below."""
+    message: bool = False
+    """Whether it is what a site has left behind."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -70,10 +94,13 @@ class Elimination:
         dims: the program's sample dims.
         inside: the plates that each site to be summed stands in.
         factors: of the whole product.
+        order: how many derivatives will be taken.
     """
 
-    def __init__(self, dims: SampleDims, inside: Mapping[str, frozenset[int]], factors: Sequence[LogFactor]) -> None:
-        self.dims, self.inside = dims, inside
+    def __init__(
+        self, dims: SampleDims, inside: Mapping[str, frozenset[int]], factors: Sequence[LogFactor], order: int = 1
+    ) -> None:
+        self.dims, self.inside, self.sums = dims, inside, _Sums(order)
         self.plates = frozenset().union(*inside.values())
         self.factors = [self._multiplied_up(factor) for factor in factors]
 
@@ -91,14 +118,19 @@ class Elimination:
         value = factor.value
         lead = len(value.dims)
         gone = [lead + axis for axis in sorted(self.plates - held) if value.shape[axis] > 1]
-        return LogFactor(Batched(value.tensor.sum(gone, keepdim=True), value.dims)) if gone else factor
+        if not gone:
+            return factor
+        return LogFactor(Batched(value.tensor.sum(gone, keepdim=True), value.dims), message=factor.message)
 
     def _sum_out(self, name: str, group: Sequence[LogFactor]) -> list[LogFactor]:
         beyond = [{dim for dim in factor.dims if dim in self.inside and dim != name} for factor in group]
         for widest in sorted(filter(None, beyond), key=len, reverse=True):
             right = [factor for factor, rows in zip(group, beyond, strict=True) if rows and rows <= widest]
             left = [factor for factor, rows in zip(group, beyond, strict=True) if not rows or not rows <= widest]
-            if left and not widest.intersection(*[{dim for factor in left for dim in factor.dims}]):
+            known = any(
+                factor.bounded or factor.message for factor in left
+            )  # else an impossible row may be the largest
+            if known and not widest.intersection(*[{dim for factor in left for dim in factor.dims}]):
                 bounded = all(factor.bounded for factor in right)
                 return self._product(name, self._sum(left), LogFactor(self._sum(right), bounded), widest)
         return self._summed(name, self._sum(group))
@@ -108,7 +140,8 @@ class Elimination:
         shifted, shift = self._shifted(table, name)
         axis = table.dims.index(name)
         left = tuple(dim for dim in table.dims if dim != name)
-        return [LogFactor(Batched(_log(shifted.tensor.exp().sum(axis)), left)), LogFactor(shift)]
+        message = self.sums.log(self.sums.exp(shifted.tensor).sum(axis), self.dims.size(name))
+        return [LogFactor(Batched(message, left), message=True), LogFactor(shift)]
 
     def _product(self, name: str, left: Batched, right: LogFactor, rows: set[str]) -> list[LogFactor]:
         """As a matrix product ``[right's rows, name] @ [name, left's rows | index space]``."""
@@ -120,7 +153,9 @@ class Elimination:
             found.append(LogFactor(top))
         new = self.dims.union(tuple(rows))
         if set(table.dims) == {name, *rows} and all(size == 1 for size in table.shape):
-            matrix = _arranged(table.tensor.exp().reshape(self.dims.sizes(table.dims)), table.dims, (*new, name))
+            matrix = _arranged(
+                self.sums.exp(table.tensor).reshape(self.dims.sizes(table.dims)), table.dims, (*new, name)
+            )
             others = tuple(dim for dim in shifted.dims if dim != name)
             columns = _arranged(shifted.tensor.exp(), shifted.dims, (name, *others))
             product = matrix.reshape([-1, matrix.shape[-1]]) @ columns.reshape([columns.shape[0], -1])
@@ -130,7 +165,8 @@ class Elimination:
             product = self._batched_product(name, shifted, table, others, new)
         dims = (*new, *others)
         laid_out = self.dims.union(dims)
-        return [LogFactor(Batched(_log(_arranged(product, dims, laid_out)), laid_out)), *found]
+        message = self.sums.log(_arranged(product, dims, laid_out), self.dims.size(name))
+        return [LogFactor(Batched(message, laid_out), message=True), *found]
 
     def _batched_product(
         self, name: str, left: Batched, right: Batched, others: tuple[str, ...], new: tuple[str, ...]
@@ -140,7 +176,8 @@ class Elimination:
         lead, inner = len(others), len(new) + 1
         ndim = left.tensor.dim()
         order = [*range(lead), *range(lead + inner, ndim), *range(lead, lead + inner)]
-        u, w = (value.tensor.permute(order).exp() for value in (left, right))  # [*others, *index space, *new, name]
+        u = left.tensor.permute(order).exp()  # [*others, *index space, *new, name]
+        w = self.sums.exp(right.tensor.permute(order))
         u = u.flatten(-inner, -2) if inner > 2 else u
         w = w.flatten(-inner, -2) if inner > 2 else w
         found = (w @ u.transpose(-1, -2)).squeeze(-1)  # [*others, *index space, new]
@@ -152,7 +189,6 @@ class Elimination:
         """``table`` less its maximum over the rows of ``name``, and that maximum."""
         axis = table.dims.index(name)
         top = stop_gradient(table).tensor.amax(axis, keepdim=axis > 0)
-        top = top.clamp(min=torch.finfo(top.dtype).min)  # all impossible: -inf - -inf
         shifted = Batched(table.tensor - top, table.dims)
         return shifted, Batched(top.squeeze(axis) if axis > 0 else top, tuple(d for d in table.dims if d != name))
 
@@ -175,10 +211,21 @@ class Elimination:
         return Batched(self.dims.align(a, dims) + self.dims.align(b, dims), dims)
 
 
-def _log(total: Tensor) -> Tensor:
-    """The logarithm, of zero -inf with a gradient of zero."""
-    tiny = torch.finfo(total.dtype).tiny
-    return torch.threshold(total.clamp(min=tiny).log(), math.log(tiny) + 1e-3, -math.inf)
+class _Sums:
+    """``log sum exp`` in two steps, with an operation of the backend's in between."""
+
+    def __init__(self, order: int) -> None:
+        self.order = order
+
+    def exp(self, table: Tensor) -> Tensor:
+        """For second derivatives a hair above zero where it would be zero: that of the logarithm stays finite."""
+        return table.exp() + torch.finfo(table.dtype).tiny if self.order > 1 else table.exp()
+
+    def log(self, total: Tensor, terms: int) -> Tensor:
+        """Of a sum of ``terms`` such; of nothing -inf, without a gradient (which `relu` does not let through)."""
+        if self.order == 1:
+            return torch.relu(total).log()
+        return torch.threshold(total.log(), math.log(2 * terms * torch.finfo(total.dtype).tiny), -math.inf)
 
 
 def _arranged(tensor: Tensor, dims: Sequence[str], order: Sequence[str]) -> Tensor:

@@ -26,6 +26,8 @@ from scg.ir import Sample
 class HigherOrder(Interpreter):
     """The interpreter for ``order=2``."""
 
+    order = 2
+
     def _expected_cost(self, cost: str) -> Tensor:
         value: Batched = self.env[cost]
         exponent: Batched | None = None

@@ -83,6 +83,9 @@ _ALWAYS_VALID = {
 class Interpreter:
     """One evaluation of a graph: values of all nodes, expected costs, credited signals, surrogate terms."""
 
+    order = 1
+    """Derivatives that are right."""
+
     def __init__(
         self,
         graph: Graph,
@@ -464,7 +467,7 @@ class Interpreter:
         plan = elimination_plan(self.graph, node, {site.node: self.dims.size(site.node) for site in node.sites})
         values = [self.env[factor.node] for factor in node.factors]
         weights = [self.expectation.log_weights[site.node] for site in node.sites]
-        return log_marginal(self.dims, node, values, weights, plan.order)
+        return log_marginal(self.dims, node, values, weights, plan.order, self.order)
 
     # -- credit ---------------------------------------------------------------------------------------------------
     def _terms(self, named: Callable[[str], Any]) -> Tensor | None:

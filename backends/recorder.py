@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from scg.backends.narrowing import Narrowing
 from scg.errors import LoweringError
 
 
@@ -84,8 +85,10 @@ def _is_shared(func: Callable[..., Any]) -> bool:
 class Recorder(TorchFunctionMode):
     """While active, every torch function call on tensors is run on fakes and appended to `graph`."""
 
-    def __init__(self, fake_mode: FakeTensorMode) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, *, narrows: bool = False) -> None:
         super().__init__()
+        self.narrowing = Narrowing(self._call) if narrows else None
+        """Which tensors are expanded, where that is looked after."""
         self.fake_mode = fake_mode
         self.graph = fx.Graph()
         self.graph._graph_namespace.create_name("torch", None)  # fx takes care of all other names that it writes
@@ -179,6 +182,18 @@ class Recorder(TorchFunctionMode):
 
     def call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs ``func`` on fakes and records it as one call, whatever it does inside."""
+        if self.narrowing is None or not torch.is_grad_enabled():
+            return self._call(func, *args, **kwargs)
+        name = _function_name(func)
+        found = self.narrowing.attempt(func, name, args, kwargs)
+        if found is not None:
+            return found
+        out = self._call(func, *args, **kwargs)
+        if name == "expand" and out is not args[0]:
+            self.narrowing.expanded(out, args[0])
+        return out
+
+    def _call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         flat, spec = tree_flatten((args, kwargs))
         flat = [self.constant(a) if isinstance(a, Tensor) and not isinstance(a, FakeTensor) else a for a in flat]
         if not torch.is_grad_enabled():  # the flat graph has no no_grad regions: stop the gradient at the door
@@ -242,6 +257,8 @@ class Recorder(TorchFunctionMode):
             if isinstance(item, Tensor):
                 parts.append(self.node(item))
             else:
+                if isinstance(item, slice):
+                    item = (item.start, item.stop, item.step)
                 try:
                     hash(item)
                 except TypeError:
@@ -252,6 +269,7 @@ class Recorder(TorchFunctionMode):
     def _track(self, fake: Tensor, node: fx.Node) -> Tensor:
         self._nodes[id(fake)] = node
         self._alive.append(fake)
+        node.meta["fake"] = fake
         return fake
 
     def _track_all(self, out: Any, node: fx.Node) -> Any:
@@ -307,6 +325,12 @@ def record_call(function: Callable[..., Any], *args: Any) -> Any:
     """Calls ``function`` as one leaf: under a recorder it becomes one call of the generated code."""
     recorder = active_recorder()
     return function(*args) if recorder is None else recorder.call(function, *args)
+
+
+def narrowest(tensor: Tensor) -> Tensor:
+    """What ``tensor`` is known to be an expansion of, in a program that looks after it; else itself."""
+    recorder = active_recorder()
+    return tensor if recorder is None or recorder.narrowing is None else recorder.narrowing(tensor)
 
 
 def record_constant(make: Callable[[], Tensor]) -> Tensor:

@@ -18,9 +18,10 @@ from scg.backends.higher_order import HigherOrder
 from scg.backends.lowering import Interpreter
 from scg.backends.recorder import Recorder
 from scg.backends.site_context import InputGradient
+from scg.backends.stacking import stack_slices
 from scg.errors import LoweringError
 from scg.interception import intercept_functions
-from scg.ir import Graph, Input, Node, Opaque, Param, Ref, Sample, map_refs
+from scg.ir import Graph, Input, Marginal, Node, Opaque, Param, Ref, Sample, map_refs
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def build(
         debug: check every distribution's parameters at run time.
         order: 2 makes every derivative right.
     """
-    recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=False))
+    narrows = bool(graph.of(Marginal))  # rows of latents do not vary over a batch
+    recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=False), narrows=narrows)
     used_inputs: list[int] = []
     used_captured: list[str] = []
 
@@ -99,6 +101,10 @@ def build(
     recorder.graph.eliminate_dead_code(
         is_impure_node=lambda n: bool(n.meta.get("effect")) or n.op in ("placeholder", "output")
     )
+    if narrows:
+        stack_slices(recorder.graph)
+    for node in recorder.graph.nodes:
+        node.meta.pop("fake", None)
     root = nn.Module()
     for name, tensor in recorder.constants.items():
         root.register_buffer(name, tensor, persistent=False)

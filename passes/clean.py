@@ -13,9 +13,14 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
+
 from scg.ir import Cost, Dist, Expected, Graph, Input, LogProb, Node, Op, Opaque, Param, Ref, Sample, refs_in
 from scg.operations import is_impure, is_random, packet_name
 from scg.passes.rewriter import Rewriter
+
+_SMALL = 256
+"""Elements of the largest constant that is compared by its values."""
 
 
 def share(graph: Graph) -> Graph:
@@ -73,7 +78,11 @@ def _identity(node: Node, new: Rewriter) -> Any:
     """Equal for nodes that must hold equal values; None for one that stands for itself alone."""
     match node:
         case Param():
-            return Param, id(new.graph.tensors[node.path])
+            tensor = new.graph.tensors[node.path]
+            plain = tensor.dtype in (torch.float32, torch.float64, torch.int64) and tensor.device.type == "cpu"
+            if node.role == "constant" and plain and tensor.numel() <= _SMALL:
+                return Param, tensor.dtype, tensor.shape, tensor.detach().numpy().tobytes()
+            return Param, id(tensor)
         case Dist():
             return Dist, node.template, tuple(map(new.read, node.params))
         case LogProb():
