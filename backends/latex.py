@@ -214,6 +214,8 @@ class _Writer:
         if isinstance(estimator, EnumeratingEstimator):
             return rf"\sum_{{{name}}} p({name})\, "
         if isinstance(estimator, RowEstimator):
+            if site.row_dim != site.name:  # averaged with the rows of its sequence
+                return ""
             return rf"\sum_r w^{{{name}}}_r " if estimator.weighted else rf"\frac{{1}}{{{estimator.rows}}} \sum_r "
         return rf"\frac{{1}}{{{estimator.samples}}} \sum_j " if (estimator.samples or 1) > 1 else ""
 
