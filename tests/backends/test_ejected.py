@@ -173,3 +173,31 @@ def test_it_runs_where_scg_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "step.py").write_text(text)
     program = f"import sys; sys.modules['scg'] = None; import torch; from step import forward; {call}"
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+
+
+PREFERRED = ("tied_batch", "chain", "unrolled_loop", "opaque_cost", "reparam_above_both", "integer_index")
+"""Problems to look for one that an estimator fits, in this order; then all others."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", scg.ESTIMATORS)
+def test_every_estimator(estimator: str, tmp_path: Path) -> None:
+    for name in [*PREFERRED, *(name for name in PROBLEMS if name not in PREFERRED)]:
+        problem = PROBLEMS[name]()
+        try:
+            compiled = scg.compile(
+                problem.model, estimator=estimator, samples=2, example_inputs=problem.calls[0], allow_biased=None
+            )
+        except (scg.EstimatorError, scg.TraceError):
+            continue
+        if {site.estimator for site in compiled.graph.sites.values()} & {estimator}:
+            same(compiled, problem.calls[0], tmp_path)
+            return
+    mu = nn.Parameter(torch.tensor([0.1, 0.4]))
+    try:
+        compiled = scg.compile(
+            lambda: ((Normal(mu, 1.0).sample() - 1) ** 2).sum(), estimator=estimator, samples=2, example_inputs=()
+        )
+    except scg.EstimatorError:
+        pytest.skip(f"no problem here has a site for {estimator}")
+    same(compiled, (), tmp_path)
