@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from scg.backends.narrowing import Narrowing
+from scg.backends.peephole import Peephole
 from scg.errors import LoweringError
 
 
@@ -101,6 +102,7 @@ class Recorder(TorchFunctionMode):
         """Ids of results that stand for more than one call."""
         self._constant_of: dict[int, Tensor] = {}
         self._placeholders: list[fx.Node] = []
+        self._peephole = Peephole(self)
         self.externals: dict[int, str] = {}
         """Names of real tensors that are to become arguments when they are first met (estimator state), by id."""
         self.met: list[Tensor] = []
@@ -200,6 +202,8 @@ class Recorder(TorchFunctionMode):
             flat = [self._stopped(a) if isinstance(a, Tensor) else a for a in flat]
         args, kwargs = tree_unflatten(flat, spec)
         name = _function_name(func)
+        if (simpler := self._peephole.simpler(func, name, args, kwargs)) is not None:
+            return simpler
         in_place = name.endswith("_") and not name.endswith("__")
         key = None if in_place or name in _RANDOM or not _is_shared(func) else self._key(func, flat, spec)
         if key is not None and key in self._shared:
@@ -222,6 +226,7 @@ class Recorder(TorchFunctionMode):
             return out
         node.meta["effect"] = getattr(func, "effect", False) or (name == "batch_norm" and bool(args[5]))
         out = self._track_all(out, node)
+        self._peephole.recorded(name, args, out)
         if key is not None:
             self._shared[key] = out
         return out

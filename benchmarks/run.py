@@ -6,6 +6,7 @@ Prints Markdown tables and writes them to out/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import scg
 from benchmarks import chain, layers, tokens, vae
+from benchmarks.estimators import CASES
 from benchmarks.measure import Step, in_new_process, machine, paired, peak_bytes, seconds
 
 SAMPLES = 4
@@ -169,8 +171,25 @@ def bench_startup(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]
     yield "VAE, first call of a second model", f"{median(FIRST_CALL.format(calls=2)):.2f} s", "under 2 s"
 
 
+def bench_estimators(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
+    """Each estimator against itself by hand, in processor time, which is what other programs disturb least."""
+    images, pairs = (torch.rand(100, 20 if quick else 784) < 0.3).float(), 3 if quick else 60
+    for name, case in CASES.items():
+        model = case.model(images.shape[-1])
+        compiled = scg.compile(model, estimator=name, example_inputs=(images,))
+        state = compiled.estimators["z"] if "z" in compiled.estimators else None
+        ours = training_step(lambda compiled=compiled: compiled(images), compiled)  # type: ignore[misc]
+        hand = training_step(
+            lambda case=case, model=model, state=state: case.by_hand(model, images, state),  # type: ignore[misc]
+            compiled,
+        )
+        measured = str(paired(ours, hand, pairs, clock=time.process_time))
+        yield f"{name}, {case.model.__name__}, eager, forward and backward", measured, "at most 1.10x"
+
+
 BENCHMARKS = {
     "vae": bench_vae,
+    "estimators": bench_estimators,
     "chain": bench_chain,
     "local_expectation": bench_local_expectation,
     "hnca": bench_hnca,

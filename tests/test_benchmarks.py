@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scg
 from benchmarks import chain, tokens, vae
+from benchmarks.estimators import CASES, FewBits, Gaussian
 from scg.exact import exact
 from tests.law2 import expected_estimate
 
@@ -53,6 +57,60 @@ def test_the_compiled_loss_of_replayed_tokens_is_the_hand_written_one() -> None:
     torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_compiled_estimator_is_the_hand_written_one(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = case.model(6, 3, 5).double()
+    x = (torch.rand(4, 6) < 0.4).double()
+    compiled = scg.compile(model, estimator=name, example_inputs=(x,)).double()
+    state = compiled.estimators["z"] if "z" in compiled.estimators else None
+    gradients = []
+    for loss in (lambda: compiled(x), lambda: case.by_hand(model, x, state)):
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(loss(), list(compiled.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+class Products(TorchDispatchMode):
+    """Counts the rows that are multiplied by a matrix, by its two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.rows: Counter[tuple[int, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if str(func.overloadpacket) in ("aten.addmm", "aten.mm", "aten.bmm", "aten.linear"):
+            left = args[func is torch.ops.aten.addmm.default]
+            self.rows[left.shape[-1], out.shape[-1]] += out.numel() // out.shape[-1]
+        return out
+
+
+@pytest.mark.parametrize(
+    ("estimator", "model", "rows"),
+    [("local_expectation", FewBits, 1 + 3), ("measure_valued", Gaussian, 1 + 3 * 3), ("bitflip", FewBits, 2),
+     ("go_gradient", FewBits, 1 + 3), ("rebar", FewBits, 3), ("relax", FewBits, 3), ("muprop", FewBits, 2),
+     ("stochastic_ad", FewBits, 2), ("indecater", FewBits, 4 + 3), ("spsa", FewBits, 3)],
+)  # fmt: skip
+def test_reruns_evaluate_what_lies_below_alone(estimator: str, model: Any, rows: int) -> None:
+    """The encoder once, the decoder once for the draw and once for each further outcome."""
+    made, x = model(7, 3, 5), torch.ones(4, 7)
+    compiled = scg.compile(made, estimator=estimator, example_inputs=(x,))
+    with Products() as forward:
+        compiled(x)
+    assert forward.rows[7, 3] == 4 * (2 if model is Gaussian else 1)  # the encoder's outputs: mean and scale
+    assert forward.rows[5, 7] == 4 * rows  # the decoder's
+
+
+def test_every_estimator_of_the_digits_runs(tmp_path: Path) -> None:
+    out = tmp_path / "table.md"
+    names = ["disarm", "reinmax", "carms"]
+    command = [sys.executable, "-m", "benchmarks.digits", "--smoke-test", "--only", *names, "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert all(f"`{name}`" in out.read_text() for name in names)
 
 
 @pytest.mark.slow

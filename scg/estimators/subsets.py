@@ -124,6 +124,8 @@ class Outcomes:
     def rows(self, index: Tensor) -> Tensor:
         """The outcomes at ``index``, ``[*N, k]``, as rows ``[k, *shape | *B | *E]``."""
         count, size = math.prod(self.sizes), len(self.support)
+        if count == 1 and not self.sizes:
+            return self.support[index].movedim(-1 - self.event_ndim, 0)
         digits = [index // size ** (count - 1 - i) % size for i in range(count)]
         apart = torch.stack(digits, -2).reshape([*index.shape[:-1], *self.sizes, index.shape[-1]])
         value = self.support[apart.movedim(self._places, self.joined)]

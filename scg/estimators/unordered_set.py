@@ -96,6 +96,11 @@ def set_weights(chosen: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     """
     k = chosen.shape[-1]
     rest = rest.unsqueeze(-1)
+    if k == 2:  # G has closed forms: p_o / (1 - p_s) of the other one, and what makes the weights sum to one
+        without_this = torch.logaddexp(chosen.flip(-1), rest)  # log (1 - p_s)
+        own = torch.eye(2, dtype=torch.bool, device=chosen.device)
+        second = torch.where(own, chosen.unsqueeze(-1), without_this.unsqueeze(-1))
+        return torch.softmax(chosen + chosen.flip(-1) - without_this, -1), torch.exp(second)
     levels = [torch.zeros_like(rest)]  # log G of all subsets with 0, 1, … members
     for size in range(1, k + 1):
         members, parents = (torch.tensor(table, device=chosen.device) for table in _subsets(k, size))
