@@ -1,0 +1,60 @@
+"""Recorded calls are the simpler ones of equal value: what a step does not have to do."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Geometric
+
+import scg
+
+
+def _code(model: Any, *args: Tensor, **options: Any) -> str:
+    compiled = scg.compile(model, example_inputs=args, **options)
+    compiled(*args).backward()
+    return str(compiled.code).split("def forward")[1]
+
+
+def test_a_sum_of_negated_elements_is_negated_once_and_twice_is_nothing() -> None:
+    weight, x = nn.Parameter(torch.randn(5, 3)), torch.ones(4, 5)
+
+    def model(x: Tensor) -> Tensor:
+        z = Bernoulli(logits=x @ weight).sample()
+        return (-Bernoulli(logits=z @ weight.t()).log_prob(x).sum(-1)).mean()
+
+    code = _code(model, x, estimator="score_function", samples=2)
+    negated = re.findall(r"(?:= -|neg\()(\w+)", code)
+    assert "binary_cross_entropy_with_logits" in code and not [name for name in negated if name.startswith("log_prob")]
+
+
+def test_tables_are_made_once_and_equal_slices_are_shared() -> None:
+    logits, table = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
+
+    def model() -> Tensor:
+        q = Categorical(logits=logits)
+        z = q.sample()
+        return (table[z] ** 2 + q.log_prob(z)).mean()
+
+    for estimator in ("enumerate", "unordered_set"):
+        code = _code(model, estimator=estimator)
+        assert "torch.tensor(" not in code and "movedim((), [])" not in code
+        for line in (call for call in code.splitlines() if "gather(" in call):
+            assert code.count(line.split("=", 1)[1].strip()) == 1, line
+
+
+def test_a_masked_write_into_a_copy_is_a_choice() -> None:
+    logits = nn.Parameter(torch.tensor([0.3, 20.0, -1.0], dtype=torch.float64))
+
+    def model() -> Tensor:
+        q = Geometric(logits=logits)
+        z = q.sample()
+        return (q.log_prob(z) + q.log_prob(z + 1)).sum()
+
+    compiled = scg.compile(model, estimator="score_function", example_inputs=())
+    torch.manual_seed(0)
+    found = compiled()
+    torch.manual_seed(0)
+    assert float(found.detach()) == float(model().detach())
