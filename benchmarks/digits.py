@@ -205,8 +205,9 @@ exact: sums over all 256 codes, a mean over the seeds. The gradient variance is 
 parameters, at one model for all: that of the first line after training. Milliseconds are of the processor, median.
 
 "Reference" is the train ELBO, test ELBO and log-likelihood that this project is held to: the same networks and
-settings, two seeds, a split into training and test images that is not recorded. The lines "categories" draw 4 categories
-of 4 instead, 256 codes as well: for estimators that need a categorical. Estimators added after the date are not in it.
+settings, two seeds, a split into training and test images that is not recorded. The lines "categories" draw 4
+categories of 4 instead, 256 codes as well: for estimators that need a categorical. Estimators added after the date are
+not in it.
 
 {date}; {machine}; other programs ran beside it.
 
