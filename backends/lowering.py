@@ -358,7 +358,7 @@ class Interpreter:
             return outcomes.to(device=site.tensor.device, dtype=site.tensor.dtype).contiguous()
 
         with compile_time():
-            known = (support.dtype, support.shape, support.numpy().tobytes())
+            known = (support.dtype, support.shape, tuple(support.flatten().tolist()))
         key = (tuple(placed), joined, event, known, site.tensor.device, site.tensor.dtype)
         if key not in self._outcomes:
             self._outcomes[key] = record_constant(make)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 from torch.distributions import Distribution
@@ -151,6 +151,7 @@ class Variable:
 
     __name__ = __qualname__ = "variable"
     __module__ = __name__
+    repeatable: ClassVar[bool] = False  # a tensor that stands in two slots is two variables
 
     def __call__(self, value: Tensor) -> Tensor:
         return runtime.variable(value)

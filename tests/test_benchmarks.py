@@ -105,6 +105,7 @@ def test_reruns_evaluate_what_lies_below_alone(estimator: str, model: Any, rows:
     assert forward.rows[5, 7] == 4 * rows  # the decoder's
 
 
+@pytest.mark.slow
 def test_every_estimator_of_the_digits_runs(tmp_path: Path) -> None:
     out = tmp_path / "table.md"
     names = ["disarm", "reinmax", "carms"]

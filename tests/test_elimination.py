@@ -214,7 +214,10 @@ EXACT: tuple[Callable[[Weights], Tensor], ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("program", EXACT, ids=lambda program: program.__name__)
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param(p, id=p.__name__, marks=[pytest.mark.slow] if p is hmm else []) for p in EXACT],
+)
 def test_one_call_is_exact(program: Callable[[Weights], Tensor]) -> None:
     w = Weights()
 

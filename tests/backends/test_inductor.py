@@ -29,6 +29,7 @@ class Model(nn.Module):
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_enumeration_equals_eager() -> None:
     model = Model()
     got = []
