@@ -10,6 +10,9 @@
 'enumerate'
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from scg.diagnostics import gradient_samples
 from scg.errors import (
     BiasWarning,
@@ -23,19 +26,21 @@ from scg.errors import (
 from scg.estimators import ESTIMATORS
 from scg.exact import exact
 from scg.ir import Graph
-from scg.measure import (
-    Comparison,
-    GradientCheck,
-    Monitor,
-    Tuned,
-    VarianceBudget,
-    autotune,
-    compare,
-    gradcheck,
-    variance_budget,
-)
 from scg.pipeline import CompiledModule, compile, trace
 from scg.primitives import cost, depends, logmarginal, multisample, opaque, sample
+
+if TYPE_CHECKING:
+    from scg.measure import (
+        Comparison,
+        GradientCheck,
+        Monitor,
+        Tuned,
+        VarianceBudget,
+        autotune,
+        compare,
+        gradcheck,
+        variance_budget,
+    )
 
 __version__ = "0.1.0"
 
@@ -70,3 +75,14 @@ __all__ = [
     "trace",
     "variance_budget",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """What measures is imported when it is first used: training does without it."""
+    if name in __all__:
+        return getattr(import_module("scg.measure"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
