@@ -101,7 +101,7 @@ def _effort(picture: Picture) -> str:
     """Large pictures are laid out with fewer iterations: seconds in the place of minutes; balancing alone is cubic."""
     size = len(picture.boxes) + len(picture.arrows)
     return (
-        "" if size < 150 else "nslimit=2 nslimit1=2 mclimit=0.3" if size < 600 else "nslimit=1 nslimit1=1 mclimit=0.1"
+        "" if size < 150 else "nslimit=2 nslimit1=2 mclimit=0.3" if size < 600 else "nslimit=0.1 nslimit1=1 mclimit=0.1"
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from scg.backends.blocks import BLOCK, Blocks, Group
 from scg.backends.boxes import Arrow, Box, Kind, Line, Picture
@@ -39,6 +40,9 @@ from scg.backends.shares import VarianceShares, coloured
 from scg.backends.stages import Stage, stages
 from scg.ir import Cost, Graph, Node, Param, Sample, TensorType
 from scg.report import objective_text
+
+if TYPE_CHECKING:
+    import networkx
 
 VIEWS = ("stochastic", "dataflow", "credit", "passes", "variance")
 
@@ -70,7 +74,7 @@ def picture(
     if view == "stochastic":
         return _thin(_folded(graph, stochastic(graph), fold))
     if view == "dataflow":
-        return _thin(_folded(graph, dataflow(graph), fold))
+        return _thin(_calls(_folded(graph, dataflow(graph), fold)))
     if view == "credit":
         return _thin(_folded(graph, credit(graph), fold), _MOST_ALONE)
     if view == "passes":
@@ -102,6 +106,50 @@ def _spread(drawn: Picture) -> Picture:
         arrows.append(arrow)
     boxes = [copy for box in drawn.boxes for copy in (copies[box.id] if box.id in hubs else [box])]
     return replace(drawn, boxes=tuple(boxes), arrows=tuple(arrows))
+
+
+def _calls(drawn: Picture) -> Picture:
+    """A module that is called again, on what came of an earlier call, has a frame for each call.
+
+    One frame would pull the steps of a loop together, and its arrows across the whole picture.
+    """
+    import networkx
+
+    flow = networkx.DiGraph((arrow.tail, arrow.head) for arrow in drawn.arrows if not arrow.again)
+    flow.add_nodes_from(box.id for box in drawn.boxes)
+    boxes = {box.id: box for box in drawn.boxes}
+    for depth in range(max((len(box.cluster) for box in drawn.boxes), default=0)):
+        frames: dict[tuple[str, ...], list[str]] = {}
+        for box in boxes.values():
+            if len(box.cluster) > depth:
+                frames.setdefault(box.cluster[: depth + 1], []).append(box.id)
+        for frame, members in frames.items():
+            inside = [id for id in members if boxes[id].kind != "value"]
+            calls = list(networkx.weakly_connected_components(flow.subgraph(inside)))
+            if len(calls) < 2 or not _comes_back(flow, set(members)):
+                continue
+            place = {id: i for i, id in enumerate(members)}
+            calls.sort(key=lambda call: min(place[id] for id in call))
+            for n, call in enumerate(calls[1:], 2):
+                read = {id for head in call for id in flow.predecessors(head) if set(flow.successors(id)) <= call}
+                for id in (call | read) & place.keys():
+                    path = boxes[id].cluster
+                    boxes[id] = replace(boxes[id], cluster=(*frame[:-1], f"{frame[-1]} ·{n}", *path[depth + 1 :]))
+    return replace(drawn, boxes=tuple(boxes.values()))
+
+
+def _comes_back(flow: networkx.DiGraph, members: set[str]) -> bool:
+    """Does a path leave ``members`` and enter them again?"""
+    stack = [head for tail in members for head in flow.successors(tail) if head not in members]
+    seen = set(stack)
+    while stack:
+        for head in flow.successors(stack.pop()):
+            if head in members:
+                return True
+            if head not in seen:
+                seen.add(head)
+                stack.append(head)
+    return False
 
 
 # -- views ------------------------------------------------------------------------------------------------------------

@@ -138,6 +138,11 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def metric(self, name: str) -> float:
+        """A figure of the page's, as ``ThreadTime``: seconds of processor time of its main thread."""
+        figures = self.call("Performance.getMetrics")["metrics"]
+        return next(float(figure["value"]) for figure in figures if figure["name"] == name)
+
     def click(self, selector: str) -> None:
         """A real click on the middle of the first element that fits."""
         place = f"document.querySelector({json.dumps(selector)})"

@@ -72,9 +72,13 @@ class SiteContexts:
     """The least of them that a baseline needs: given these, the rest says nothing about the cost-to-go."""
     critic: tuple[str, ...]
     """The least that a critic needs to know the cost-to-go as well as all of `allowed` and the site could."""
-    smallest_critic: tuple[str, ...]
-    """A smallest set (nothing can be left out) that a critic may read without bias."""
     values: RandomValues = field(repr=False, compare=False)
+
+    @cached_property
+    def smallest_critic(self) -> tuple[str, ...]:
+        """A smallest set (nothing can be left out) that a critic may read without bias."""
+        found = _smallest_critic(self.values, self.site, self._ends, list(self.allowed))
+        return tuple(sorted(found, key=list(self.values.parents).index))
 
     def allows_baseline(self, names: Iterable[str]) -> bool:
         """May a baseline read these?"""
@@ -151,7 +155,6 @@ def contexts_of(values: RandomValues, site: str, costs: Collection[str]) -> Site
         allowed=tuple(allowed),
         baseline=_boundary(values.network, ends, allowed),
         critic=tuple(sorted({*_boundary(values.network, ends, [*allowed, site]), site}, key=order.index)),
-        smallest_critic=tuple(sorted(_smallest_critic(values, site, ends, allowed), key=order.index)),
         values=values,
     )
 

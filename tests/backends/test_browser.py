@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,12 +145,52 @@ def test_hostile_names_do_nothing(chromium: browser.Browser, tmp_path: Path) -> 
     assert chromium.value("document.querySelectorAll('img').length") == 0
 
 
+def processor_time() -> float:
+    """Seconds of this process and of those that it waited for; the load of others adds nothing to them."""
+    return sum(os.times()[:4])
+
+
 @pytest.mark.slow
 def test_a_thousand_nodes_open_fast(chromium: browser.Browser, tmp_path: Path) -> None:
     graph = graphs.policy(125)
     assert len(graph) >= 1000
     path = tmp_path / "large.html"
+    start = processor_time()
     path.write_text(page(graph, "dataflow", code=str(graph), fold=False))
+    assert processor_time() - start < 20
     assert path.stat().st_size < 2_000_000
-    assert chromium.open(path) < 2.0
-    assert chromium.value("document.querySelectorAll('#canvas > svg:not([hidden]) .node').length") >= 1000
+    drawn = "document.querySelectorAll('#canvas > svg:not([hidden]) .node').length"
+    opened = f"new Promise(done => (function look() {{ {drawn} ? done({drawn}) : requestAnimationFrame(look); }})())"
+    chromium.call("Performance.enable")
+    seconds = []
+    for _ in range(3):  # other programs may hold the machine: so the best of three, and the page's own time
+        start, used = time.perf_counter(), chromium.metric("ThreadTime")
+        chromium.open(path)
+        assert chromium.value(opened) >= 1000
+        chromium.settle()
+        seconds.append(time.perf_counter() - start)
+        assert chromium.metric("ThreadTime") - used < 2.0
+    assert min(seconds) < 2.0
+
+
+def words(chromium: browser.Browser) -> int:
+    """How many boxes of the open view have words that are laid out."""
+    shown = "[...document.querySelectorAll('#canvas > svg:not([hidden]) .node > text')]"
+    return int(chromium.value(f"{shown}.filter(e => e.getBoundingClientRect().width).length"))
+
+
+@pytest.mark.slow
+def test_words_of_a_large_picture_come_with_the_zoom(chromium: browser.Browser, tmp_path: Path) -> None:
+    path = tmp_path / "large.html"
+    path.write_text(page(graphs.policy(30), "dataflow", fold=False))
+    chromium.open(path)
+    assert words(chromium) == 0
+    chromium.type("/a_20\n")
+    chromium.value("for (let i = 0; i < 12; i++) zoomMiddle(0.8)")
+    chromium.settle()
+    near = words(chromium)
+    assert 0 < near < 200
+    assert chromium.value("nodeOf(boxOf('a_20')).querySelector('text').getBoundingClientRect().width") > 20
+    shot(chromium, "near")
+    chromium.click("#zoom button:last-child")
+    assert words(chromium) == 0

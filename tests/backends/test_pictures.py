@@ -144,6 +144,15 @@ def test_dataflow_view_has_every_node_in_its_module() -> None:
     assert where["z"] == ()
 
 
+def test_every_call_of_a_module_has_a_frame() -> None:
+    """Of modules that are called again on what came of them; their parameters stand with the first call, or each."""
+    for steps, frames in ((3, ["pi", "pi ·2", "pi ·3"]), (8, ["pi", *(f"pi ·{n}" for n in range(2, 9))])):
+        drawn = picture(graphs.policy(steps), "dataflow", fold=False)
+        assert [b.cluster[0] for b in drawn.boxes if b.title == "linear"] == frames
+        weights = [b.cluster for b in drawn.boxes if b.title == "pi.weight"]
+        assert weights == ([("pi",)] if steps == 3 else [(frame,) for frame in frames])
+
+
 def test_unknown_view_and_suffix(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="known: stochastic, dataflow, credit, passes, variance"):
         picture(graphs.vae(), "pretty")
