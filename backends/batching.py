@@ -812,6 +812,41 @@ def _fold_recurrent(call: Call) -> Any:
     return (unfold(out[0], axis, batch), *(unfold(h, 1, batch) for h in out[1:]))
 
 
+def _fold_cell(call: Call) -> Any:
+    """``gru_cell``, ``lstm_cell`` and their like: samples go into the batch dim; the weights must carry none."""
+    params = [item for item in call.args[2:] if isinstance(item, Batched)]
+    if any(item.dims for item in params):
+        raise NoRule
+    x: Batched = call.args[0]
+    state = call.args[1]
+
+    def rows(value: Batched) -> Tensor:
+        return call.tensor(value, full=True).reshape([-1, value.shape[-1]])
+
+    folded = rows(state) if isinstance(state, Batched) else [rows(item) for item in state]
+    rest = [item.tensor if isinstance(item, Batched) else item for item in call.args[2:]]
+    out = call.invoke(rows(x), folded, *rest)
+    return _map_tensors(lambda t: t.reshape([*call.sizes, *x.shape[:-1], t.shape[-1]]), out)
+
+
+def _fold_classes(call: Call) -> Any:
+    """``cross_entropy_loss`` and ``nll_loss`` of each element: samples go into the batch dim, classes stay second."""
+    x, target = call.args[0], call.args[1]
+    weight = call.arg(2, "weight")
+    if call.arg(3, "reduction", 1) != 0 or weight is not None and weight.dims:
+        raise NoRule
+    lead = [1] if x.ndim == 1 else []  # the classes alone: the samples are the batch
+
+    def rows(value: Batched) -> Tensor:
+        shape = [*lead, *value.shape]
+        return call.tensor(value, full=True).reshape([-1, *shape[1:]])
+
+    rest = [item.tensor if isinstance(item, Batched) else item for item in call.args[2:]]
+    kwargs = {key: item.tensor if isinstance(item, Batched) else item for key, item in call.kwargs.items()}
+    out: Tensor = call.invoke(rows(x), rows(target), *rest, **kwargs)
+    return out.reshape([*call.sizes, *call.out_shape])
+
+
 def _unbind(call: Call) -> Any:
     x: Batched = call.args[0]
     return torch.unbind(x.tensor, _negative(call.arg(1, "dim", 0), x.ndim))
@@ -897,6 +932,8 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **_table("rand_like randn_like randint_like", _factory),
     **_table("scaled_dot_product_attention", _sdpa),
     **_table("gru lstm rnn_tanh rnn_relu", _fold_recurrent),
+    **_table("gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell", _fold_cell),
+    **_table("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d", _fold_classes),
     **_table("unbind", _unbind),
     **_table("broadcast_tensors", _broadcast_tensors),
     **_table("diagonal", _multi_dim),

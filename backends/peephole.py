@@ -4,6 +4,7 @@ sum(-x)              ->  -sum(x)        the sum has fewer elements to negate, ba
 -(-x)                ->  x
 x.permute(0, 1, 2)   ->  x              likewise movedim that moves nothing
 torch.tensor([…])    ->  a constant     made once, not at every step
+ones_like(scalar)    ->  a constant     likewise, and what its argument needed goes
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _NEGATIONS = {"neg", "__neg__", "negative"}
 _SUMS = {"sum", "mean"}
 _TABLES = {torch.tensor, torch.arange, torch.eye}
+_FILLED = {"ones_like": 1, "zeros_like": 0}
 _LARGEST_TABLE = 1024
 """Elements of a constant; more of them are quicker made than read."""
 
@@ -38,6 +40,9 @@ class Peephole:
         first = args[0] if args else None
         if not isinstance(first, Tensor):
             return None
+        if name in _FILLED and first.dim() == 0 and not kwargs.get("requires_grad"):
+            made = {key: kwargs.get(key) or getattr(first, key) for key in ("dtype", "device")}
+            return self._table(torch.tensor, (_FILLED[name],), made)
         inner = self._negated.get(id(first))
         if inner is not None and name in _NEGATIONS:
             return inner

@@ -58,3 +58,14 @@ def test_a_masked_write_into_a_copy_is_a_choice() -> None:
     found = compiled()
     torch.manual_seed(0)
     assert float(found.detach()) == float(model().detach())
+
+
+def test_a_mean_over_classes_stays_one_kernel_with_one_weight() -> None:
+    weight, y = nn.Parameter(torch.randn(5, 3)), torch.tensor([0, 2, 1, 1])
+
+    def model(y: Tensor) -> Tensor:
+        z = Bernoulli(logits=weight.expand(4, 5, 3).sum(-1)).sample()
+        return torch.nn.functional.cross_entropy(z @ weight, y)
+
+    code = _code(model, y, estimator="score_function", samples=2)
+    assert "mapped" not in code and "ones_like" not in code and "zeros(" not in code
