@@ -112,7 +112,9 @@ class Critic(LearnedCritic):
 
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:
-        return scored(site) and (_summable(site) or _has_path(site))
+        fits = _summable(site) or _has_path(site)
+        reason = f"{site.family} has neither a finite support nor a distribution function with a derivative"
+        return scored(site) and (fits if fits else Support(False, reason))
 
     def term(self, context: SiteContext) -> Tensor:
         self.fit(context)
@@ -180,4 +182,4 @@ def _summable(site: SiteInfo) -> Support:
 def _has_path(site: SiteInfo) -> Support:
     if issubclass(site.template.cls, _WITH_CDF):
         return Support(True)
-    return Support(False, f"{site.family} has neither a finite support nor a differentiable distribution function")
+    return Support(False, f"{site.family} has no distribution function with a derivative in torch")

@@ -16,6 +16,15 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal, VonMises
 
 import scg
+from scg.estimators.actor_critic import ActorCritic
+from scg.estimators.baselines import Baseline, MovingAverage
+from scg.estimators.critic import Critic, CriticOnly
+from scg.estimators.learned import InputDependent, Learned
+from scg.estimators.nvil import NVIL
+from scg.estimators.optimal_scale import OptimalScale
+from scg.estimators.score_function import ScoreFunction
+from scg.estimators.self_critic import SelfCritic
+from scg.estimators.targets import TD, TDLambda
 from scg.pipeline import CompiledModule
 from tests.problems import PROBLEMS
 
@@ -176,28 +185,92 @@ def test_it_runs_where_scg_cannot_be_imported(tmp_path: Path) -> None:
 
 
 PREFERRED = ("tied_batch", "chain", "unrolled_loop", "opaque_cost", "reparam_above_both", "integer_index")
-"""Problems to look for one that an estimator fits, in this order; then all others."""
+"""Problems to look for one that an estimator fits, in this order; then all others, then `PROGRAMS`."""
+
+
+class Cubed(nn.Module):
+    """A normal draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mu = nn.Parameter(torch.tensor([0.1, 0.4]))
+
+    def forward(self) -> Tensor:
+        return ((Normal(self.mu, 1.0).sample() - 1) ** 3).sum()
+
+
+class Bound(Cubed):
+    """A bound of several normal draws."""
+
+    def forward(self) -> Tensor:
+        q = Normal(self.mu, 0.8)
+        z = q.sample()
+        log_weight = Normal(0.0, 1.0).log_prob(z) + Normal(z, 0.5).log_prob(torch.tensor(1.2)) - q.log_prob(z)
+        return scg.multisample(-log_weight, "iwae").sum()
+
+
+class Logged(Cubed):
+    """Four groups of three actions that were drawn earlier, by others."""
+
+    def forward(self, action: Tensor, reward: Tensor, behaviour: Tensor) -> Tensor:
+        a = scg.sample(Bernoulli(logits=self.mu[:1].expand(4, 3)), "a", value=action)
+        return scg.depends(reward, on=a, dims=("tied", "tied")).sum()
+
+
+PROGRAMS: dict[str, tuple[type[nn.Module], int, tuple[Tensor, ...]]] = {
+    "draw": (Cubed, 2, ()),
+    "bound": (Bound, 3, ()),
+    "logged": (Logged, 1, (torch.arange(12).reshape(4, 3) % 2.0, torch.rand(4, 3), -torch.rand(4, 3))),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", scg.ESTIMATORS)
 def test_every_estimator(estimator: str, tmp_path: Path) -> None:
-    for name in [*PREFERRED, *(name for name in PROBLEMS if name not in PREFERRED)]:
-        problem = PROBLEMS[name]()
+    """On the first program that has a site for it; there is one for each."""
+    for name in [*PREFERRED, *(name for name in PROBLEMS if name not in PREFERRED), *PROGRAMS]:
+        if name in PROGRAMS:
+            made, samples, args = PROGRAMS[name]
+            model: Any = made()
+        else:
+            problem = PROBLEMS[name]()
+            model, samples, args = problem.model, 2, problem.calls[0]
         try:
-            compiled = scg.compile(
-                problem.model, estimator=estimator, samples=2, example_inputs=problem.calls[0], allow_biased=None
-            )
+            compiled = scg.compile(model, estimator=estimator, samples=samples, example_inputs=args, allow_biased=None)
         except (scg.EstimatorError, scg.TraceError):
             continue
-        if {site.estimator for site in compiled.graph.sites.values()} & {estimator}:
-            same(compiled, problem.calls[0], tmp_path)
+        if estimator in {site.estimator for site in compiled.graph.sites.values()}:
+            same(compiled, args, tmp_path)
             return
-    mu = nn.Parameter(torch.tensor([0.1, 0.4]))
-    try:
-        compiled = scg.compile(
-            lambda: ((Normal(mu, 1.0).sample() - 1) ** 2).sum(), estimator=estimator, samples=2, example_inputs=()
-        )
-    except scg.EstimatorError:
-        pytest.skip(f"no problem here has a site for {estimator}")
-    same(compiled, (), tmp_path)
+    pytest.fail(f"no program here has a site for {estimator}")
+
+
+COMPOSED: dict[str, Any] = {
+    "moving average": MovingAverage(),
+    "learned": Learned(),
+    "learned, TD(0), slow copy": Learned(target=TD(1), slow=0.9),
+    "learned, lambda": Learned(target=TDLambda(0.5)),
+    "input-dependent": InputDependent(),
+    "self-critic": SelfCritic(),
+    "optimal scale": OptimalScale(),
+    "critic, TD(0)": Critic(target=TD(1)),
+    "actor-critic, lambda": ActorCritic(Learned(target=TDLambda(0.5))),
+    "critic only": CriticOnly(),
+    "variance reduced by centering": NVIL(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", COMPOSED)
+@pytest.mark.parametrize("name", ["chain", "tied_batch"])
+def test_baselines_and_critics(name: str, label: str, tmp_path: Path) -> None:
+    """Their parameters and running statistics are arguments of the module, and move like the compiled one's."""
+    given = COMPOSED[label]
+    estimator = ScoreFunction(baseline=given) if isinstance(given, Baseline) else given
+    problem = PROBLEMS[name]()
+    samples = 2 if label == "optimal scale" else 1
+    compiled = scg.compile(
+        problem.model, estimator=estimator, samples=samples, example_inputs=problem.calls[0], allow_biased=None
+    )
+    for _ in range(2):  # from the state that the first step left
+        same(compiled, problem.calls[0], tmp_path)
