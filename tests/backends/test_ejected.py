@@ -212,7 +212,7 @@ class Bound(Cubed):
 class Logged(Cubed):
     """Four groups of three actions that were drawn earlier, by others."""
 
-    def forward(self, action: Tensor, reward: Tensor, behaviour: Tensor) -> Tensor:
+    def forward(self, action: Tensor, reward: Tensor, behaviour: Tensor) -> Tensor:  # type: ignore[override]
         a = scg.sample(Bernoulli(logits=self.mu[:1].expand(4, 3)), "a", value=action)
         return scg.depends(reward, on=a, dims=("tied", "tied")).sum()
 
