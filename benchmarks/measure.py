@@ -67,6 +67,30 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - start
 
 
+def synchronized(step: Step) -> Step:
+    """Until the GPU has done it."""
+
+    def run() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def cuda_graph(step: Step) -> Step:
+    """The step recorded once, then replayed; it must keep its gradients' memory."""
+    side = torch.cuda.Stream()  # what is allocated at first must not be in the graph
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def peak_bytes(step: Step) -> int:
     """The most memory that one run holds at once beyond what is held before it, as PyTorch's allocator sees it."""
     step()

@@ -12,14 +12,16 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli
+from torch.distributions import Bernoulli, kl_divergence
 
 import scg
-from benchmarks import chain, vae
+from benchmarks import chain, hmm, layers, vae
 from benchmarks.measure import Step, machine, paired
 from benchmarks.run import SAMPLES, training_step
 from scg.estimators import ESTIMATORS
@@ -47,7 +49,32 @@ def of_storchastic(loss: Callable[[Any], None], model: torch.nn.Module) -> Step:
     return step
 
 
-def storchastic_vae(model: vae.VAE, x: Tensor) -> Step:
+def of_marginal(model: hmm.HMM, x: Tensor) -> Step:
+    """A step of the exact likelihood."""
+    compiled = scg.compile(model)
+    compiled(x)
+    return training_step(lambda: compiled(x), model)
+
+
+def storchastic_vae(model: layers.OneLayerVAE, x: Tensor) -> Step:
+    import storch
+
+    method = storch.method.ScoreFunction("z", n_samples=SAMPLES, baseline_factory="batch_average")
+
+    def loss(storch: Any) -> None:
+        data = storch.denote_independent(x, 0, "data")
+        q = Bernoulli(logits=model.encoder(data))
+        z = method(q)
+        storch.add_cost(-Bernoulli(logits=model.decoder(z)).log_prob(data).sum(-1), "nll")
+        prior = Bernoulli(logits=model.prior.expand(len(x), -1))
+        storch.add_cost(
+            storch.deterministic(lambda logits: kl_divergence(Bernoulli(logits=logits), prior).sum(-1))(q.logits), "kl"
+        )
+
+    return of_storchastic(loss, model)
+
+
+def storchastic_network(model: vae.VAE, x: Tensor) -> Step:
     import storch
 
     methods = [storch.method.ScoreFunction(name, n_samples=SAMPLES if name == "z1" else 1) for name in ("z1", "z2")]
@@ -83,23 +110,13 @@ def storchastic_chain(model: chain.Chain, start: Tensor) -> Step:
     return of_storchastic(loss, model)
 
 
-def pyro_vae(model: vae.VAE, x: Tensor) -> Step:
+AVERAGE = {"baseline": {"use_decaying_avg_baseline": True, "baseline_beta": 0.9}}
+
+
+def of_pyro(generate: Callable[[Tensor], None], infer: Callable[[Tensor], None], model: Any, x: Tensor) -> Step:
+    """A step of Pyro's score function with moving averages over four particles."""
     import pyro
-    import pyro.distributions as dist
     from pyro.infer import TraceGraph_ELBO
-
-    average = {"baseline": {"use_decaying_avg_baseline": True, "baseline_beta": 0.9}}
-
-    def generate(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z2 = pyro.sample("z2", dist.Bernoulli(logits=model.prior.expand(len(x), -1)).to_event(1))
-            z1 = pyro.sample("z1", dist.Bernoulli(logits=model.generate_lower(z2)).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=model.generate_pixels(z1)).to_event(1), obs=x)
-
-    def infer(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z1 = pyro.sample("z1", dist.Bernoulli(logits=model.infer_lower(x)).to_event(1), infer=average)
-            pyro.sample("z2", dist.Bernoulli(logits=model.infer_upper(z1)).to_event(1), infer=average)
 
     pyro.enable_validation(False)
     elbo = TraceGraph_ELBO(num_particles=SAMPLES, vectorize_particles=True, max_plate_nesting=1)
@@ -111,30 +128,110 @@ def pyro_vae(model: vae.VAE, x: Tensor) -> Step:
     return step
 
 
-def _vae() -> tuple[vae.VAE, Tensor]:
-    return vae.VAE(), (torch.rand(100, 784) < 0.3).float()
+def pyro_vae(model: layers.OneLayerVAE, x: Tensor) -> Step:
+    import pyro
+    import pyro.distributions as dist
+
+    def generate(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=model.prior.expand(len(x), -1)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=model.decoder(z)).to_event(1), obs=x)
+
+    def infer(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=model.encoder(x)).to_event(1), infer=AVERAGE)
+
+    return of_pyro(generate, infer, model, x)
+
+
+def pyro_network(model: vae.VAE, x: Tensor) -> Step:
+    import pyro
+    import pyro.distributions as dist
+
+    def generate(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Bernoulli(logits=model.prior.expand(len(x), -1)).to_event(1))
+            z1 = pyro.sample("z1", dist.Bernoulli(logits=model.generate_lower(z2)).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=model.generate_pixels(z1)).to_event(1), obs=x)
+
+    def infer(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Bernoulli(logits=model.infer_lower(x)).to_event(1), infer=AVERAGE)
+            pyro.sample("z2", dist.Bernoulli(logits=model.infer_upper(z1)).to_event(1), infer=AVERAGE)
+
+    return of_pyro(generate, infer, model, x)
+
+
+def pyro_hmm(model: hmm.HMM, x: Tensor) -> Step:
+    import pyro
+
+    pyro.enable_validation(False)
+    loss = hmm.in_pyro(model)
+    return training_step(lambda: loss(x), model)
+
+
+def _images() -> Tensor:
+    return (torch.rand(100, 784) < 0.3).float()
+
+
+def _vae() -> tuple[layers.OneLayerVAE, Tensor]:
+    return layers.OneLayerVAE(), _images()
+
+
+def _network() -> tuple[vae.VAE, Tensor]:
+    return vae.VAE(), _images()
+
+
+def _hmm() -> tuple[hmm.HMM, Tensor]:
+    return hmm.HMM(16), torch.randn(32, 50)
 
 
 def _chain() -> tuple[chain.Chain, Tensor]:
     return chain.Chain(STEPS), torch.randn(32, 8)
 
 
-RUNS: dict[str, tuple[str, str, Callable[[], Any], Callable[..., Step], str, str]] = {
-    "storchastic-vae": ("storchastic", "storch", _vae, storchastic_vae, "leave_one_out", "at least 1.3x"),
-    "storchastic-chain": ("storchastic", "storch", _chain, storchastic_chain, "leave_one_out", "at least 30x"),
-    "pyro-vae": ("pyro-ppl", "pyro", _vae, pyro_vae, "moving_average", "at least 2.5x"),
+@dataclass(frozen=True)
+class Run:
+    """One row of the table."""
+
+    package: str
+    module: str
+    program: str
+    make: Callable[[], tuple[Any, Tensor]]
+    """Model and data."""
+    peer: Callable[[Any, Tensor], Step]
+    ours: Callable[[Any, Tensor], Step]
+    wanted: str = ""
+
+
+_LEAVE_ONE_OUT = partial(of_scg, baseline="leave_one_out")
+_MOVING_AVERAGE = partial(of_scg, baseline="moving_average")
+
+_VAE, _NETWORK = "VAE of one Bernoulli layer, 784-200", "VAE of two (a sigmoid belief network), 784-200-200"
+_CHAIN, _HMM = f"chain of {STEPS} steps", "hidden Markov model, K=16, T=50"
+
+RUNS = {
+    "storchastic-vae": Run("storchastic", "storch", _VAE, _vae, storchastic_vae, _LEAVE_ONE_OUT),
+    "storchastic-network": Run(
+        "storchastic", "storch", _NETWORK, _network, storchastic_network, _LEAVE_ONE_OUT, "at least 1.3x"
+    ),
+    "storchastic-chain": Run(
+        "storchastic", "storch", _CHAIN, _chain, storchastic_chain, _LEAVE_ONE_OUT, "at least 30x"
+    ),
+    "pyro-vae": Run("pyro-ppl", "pyro", _VAE, _vae, pyro_vae, _MOVING_AVERAGE),
+    "pyro-network": Run("pyro-ppl", "pyro", _NETWORK, _network, pyro_network, _MOVING_AVERAGE, "at least 2.5x"),
+    "pyro-hmm": Run("pyro-ppl", "pyro", _HMM, _hmm, pyro_hmm, of_marginal, "at least 10x"),
 }
-"""Name to package, module, program, the peer's step, scg's baseline, and what is wanted of scg."""
 
 
 def run(name: str, pairs: int) -> None:
     """Prints one row: how much longer the peer takes."""
-    _, _, make, peer, baseline, wanted = RUNS[name]
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, x = make()
-    ours = of_scg(model, x, baseline)  # traced before the peer is imported
-    print(f"| {name.split('-')[-1]} | {paired(peer(model, x), ours, pairs, warm_up=3)} | {wanted} |")
+    row = RUNS[name]
+    model, x = row.make()
+    ours = row.ours(model, x)  # traced before the peer is imported
+    print(f"| {row.program} | {paired(row.peer(model, x), ours, pairs, warm_up=3)} | {row.wanted} |")
 
 
 def main() -> None:
@@ -148,14 +245,15 @@ def main() -> None:
         return
     print(machine(), "", "| peer, program | the peer's step against scg's | wanted of scg |", "|---|---|---|", sep="\n")
     for name in [args.only] if args.only else RUNS:
-        package, module = RUNS[name][:2]
-        if importlib.util.find_spec(module) is None:
-            print(f"| {name} | left out: pip install {package} | |")
+        row = RUNS[name]
+        if importlib.util.find_spec(row.module) is None:
+            print(f"| {name} | left out: pip install {row.package} | |")
             continue
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers", "--here", "--only", name]
         done = subprocess.run([*command, "--pairs", str(args.pairs)], capture_output=True, text=True)
-        rows = done.stdout.strip().splitlines() or [f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} | |"]
-        print(rows[-1].replace("| ", f"| {package} {importlib.metadata.version(package)}: ", 1), flush=True)
+        lines = done.stdout.strip().splitlines() or [f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} | |"]
+        version = importlib.metadata.version(row.package)
+        print(lines[-1].replace("| ", f"| {row.package} {version}: ", 1), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Bernoulli
 
 import scg
 from benchmarks import chain, layers, tokens, vae
 from benchmarks.estimators import CASES
-from benchmarks.measure import Step, in_new_process, machine, paired, peak_bytes, seconds
+from benchmarks.measure import Step, cuda_graph, in_new_process, machine, paired, peak_bytes, seconds, synchronized
 
 SAMPLES = 4
 
@@ -187,6 +188,54 @@ def bench_estimators(quick: bool, inductor: bool) -> Iterator[tuple[str, str, st
         yield f"{name}, {case.model.__name__}, eager, forward and backward", measured, "at most 1.10x"
 
 
+class SideBySide(nn.Module):
+    """As many draws, of one vector each, with one cost."""
+
+    def __init__(self, sites: int, width: int = 8) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList([nn.Linear(width, width) for _ in range(sites)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for encoder in self.encoders:
+            total = total + scg.sample(Bernoulli(logits=encoder(x)))
+        return (total - x).square().mean()
+
+
+def bench_compile(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
+    """The first call against the number of sites: in a chain with a cost each, and side by side below one cost."""
+    sizes = (2, 4) if quick else (25, 50, 100, 200)
+    x = torch.randn(32, 8)
+    score_function(chain.Chain(1))(x)  # torch's own tracing machinery is imported
+    for what, make in {"in a chain": chain.Chain, "side by side": SideBySide}.items():
+        times = []
+        for size in sizes:
+            compiled = score_function(make(size))
+            times.append(seconds(lambda compiled=compiled: compiled(x).backward()))  # type: ignore[misc]
+        measured = ", ".join(f"{size}: {time:.2f} s" for size, time in zip(sizes, times, strict=True))
+        yield f"first call, sites {what}", measured, "at most 2.5x for twice as many"
+
+
+def bench_gpu(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]:
+    """The VAE's step where there is CUDA: eager, inductor, and one CUDA graph of forward and backward."""
+    if not torch.cuda.is_available():
+        return
+    model = vae.VAE().cuda()
+    x = (torch.rand(100, 784, device="cuda") < 0.3).float()
+    pairs = 20 if quick else 300
+    compiled = score_function(model)
+    hand = training_step(lambda: vae.by_hand(model, x, SAMPLES), model)
+    eager = synchronized(training_step(lambda: compiled(x), model))
+    yield "VAE on the GPU, eager", str(paired(eager, synchronized(hand), pairs)), "at most 1.05x"
+    if inductor:
+        fused, hand_fused = score_function(model, backend="inductor"), torch.compile(vae.by_hand, fullgraph=True)
+        ours = synchronized(training_step(lambda: fused(x), model))
+        theirs = synchronized(training_step(lambda: hand_fused(model, x, SAMPLES), model))
+        yield "VAE on the GPU, inductor", str(paired(ours, theirs, pairs)), "at most 1.05x"
+    graph = synchronized(cuda_graph(training_step(lambda: compiled(x), model)))
+    yield "VAE on the GPU, one CUDA graph against eager by hand", str(paired(graph, synchronized(hand), pairs)), "less"
+
+
 BENCHMARKS = {
     "vae": bench_vae,
     "estimators": bench_estimators,
@@ -195,6 +244,8 @@ BENCHMARKS = {
     "hnca": bench_hnca,
     "tokens": bench_tokens,
     "startup": bench_startup,
+    "compile": bench_compile,
+    "gpu": bench_gpu,
 }
 
 
