@@ -17,7 +17,7 @@ from torch.distributions import Bernoulli
 
 import scg
 from benchmarks import chain, layers, tokens, vae
-from benchmarks.estimators import CASES
+from benchmarks.by_hand import CASES
 from benchmarks.measure import Step, cuda_graph, in_new_process, machine, paired, peak_bytes, seconds, synchronized
 
 SAMPLES = 4
@@ -177,7 +177,7 @@ def bench_estimators(quick: bool, inductor: bool) -> Iterator[tuple[str, str, st
     images, pairs = (torch.rand(100, 20 if quick else 784) < 0.3).float(), 3 if quick else 60
     for name, case in CASES.items():
         model = case.model(images.shape[-1])
-        compiled = scg.compile(model, estimator=name, example_inputs=(images,))
+        compiled = scg.compile(model, estimator=name, samples=case.samples, example_inputs=(images,))
         state = compiled.estimators["z"] if "z" in compiled.estimators else None
         ours = training_step(lambda compiled=compiled: compiled(images), compiled)  # type: ignore[misc]
         hand = training_step(

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import scg
 from benchmarks import chain, tokens, vae
-from benchmarks.estimators import CASES, FewBits, Gaussian
+from benchmarks.by_hand import CASES
+from benchmarks.by_hand.models import FewBits, Gaussian
 from scg.exact import exact
 from tests.law2 import expected_estimate
 
@@ -65,7 +66,7 @@ def test_the_compiled_estimator_is_the_hand_written_one(name: str) -> None:
     torch.manual_seed(0)
     model = case.model(6, 3, 5).double()
     x = (torch.rand(4, 6) < 0.4).double()
-    compiled = scg.compile(model, estimator=name, example_inputs=(x,)).double()
+    compiled = scg.compile(model, estimator=name, samples=case.samples, example_inputs=(x,)).double()
     state = compiled.estimators["z"] if "z" in compiled.estimators else None
     gradients = []
     for loss in (lambda: compiled(x), lambda: case.by_hand(model, x, state)):

@@ -1,0 +1,52 @@
+"""One model an estimator: for scg as anybody would write it, and by hand with the estimator in its loss.
+
+The hand-written losses draw as scg draws, so that with one seed the gradients are equal; a constant in their value that
+has no gradient is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.by_hand import control_variates, coupled, plain, relaxations, sets, single_changes
+from benchmarks.by_hand.models import Bits, FewBits, Gaussian, Mixture
+
+
+@dataclass(frozen=True)
+class Case:
+    """An estimator's name is its key in `CASES`."""
+
+    model: Callable[..., nn.Module]
+    by_hand: Callable[[Any, Tensor, Any], Tensor]
+    """The loss, given model, images and the learned parts of the estimator."""
+    samples: int = 1
+
+
+CASES: dict[str, Case] = {
+    "score_function": Case(Bits, plain.score_function, samples=4),
+    "reparam": Case(Gaussian, plain.reparam),
+    "enumerate": Case(Mixture, sets.enumerate_),
+    "gumbel_softmax": Case(Bits, relaxations.gumbel_softmax),
+    "straight_through": Case(Bits, relaxations.straight_through),
+    "reinmax": Case(Bits, relaxations.reinmax),
+    "gumbel_rao": Case(Bits, relaxations.gumbel_rao),
+    "decoupled_st": Case(Bits, relaxations.decoupled_st),
+    "disarm": Case(Bits, coupled.disarm),
+    "arm": Case(Bits, coupled.arm),
+    "arms": Case(Bits, coupled.arms),
+    "rebar": Case(Bits, control_variates.relax),
+    "relax": Case(Bits, control_variates.relax),
+    "muprop": Case(Bits, control_variates.muprop),
+    "unordered_set": Case(Mixture, sets.unordered_set),
+    "local_expectation": Case(FewBits, single_changes.local_expectation),
+    "measure_valued": Case(Gaussian, single_changes.measure_valued),
+    "bitflip": Case(Bits, single_changes.bitflip),
+    "indecater": Case(FewBits, single_changes.indecater),
+    "stochastic_ad": Case(Bits, single_changes.stochastic_ad),
+    "go_gradient": Case(FewBits, single_changes.go_gradient),
+    "spsa": Case(Bits, single_changes.spsa),
+}

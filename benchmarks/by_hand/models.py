@@ -1,0 +1,63 @@
+"""The models: nothing in them knows of gradient estimators."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Categorical, Normal
+
+
+class Bits(nn.Module):
+    """A VAE with a layer of bits."""
+
+    def __init__(self, pixels: int = 784, bits: int = 200, hidden: int = 200) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(pixels, bits)
+        self.decoder = nn.Sequential(nn.Linear(bits, hidden), nn.Tanh(), nn.Linear(hidden, pixels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = Bernoulli(logits=self.encoder(x))
+        z = q.sample()
+        nll = -Bernoulli(logits=self.decoder(z)).log_prob(x).sum(-1)
+        return (nll + q.log_prob(z).sum(-1)).mean()
+
+
+class FewBits(Bits):
+    """Eight of them, for estimators that evaluate the decoder once for each."""
+
+    def __init__(self, pixels: int = 784, bits: int = 8, hidden: int = 200) -> None:
+        super().__init__(pixels, bits, hidden)
+
+
+class Mixture(nn.Module):
+    """A decoder with a component drawn for each example."""
+
+    def __init__(self, pixels: int = 784, components: int = 8, hidden: int = 200) -> None:
+        super().__init__()
+        self.gate, self.skip = nn.Linear(pixels, components), nn.Linear(pixels, hidden)
+        self.table = nn.Parameter(torch.randn(components, hidden))
+        self.out = nn.Linear(hidden, pixels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = Categorical(logits=self.gate(x))
+        z = q.sample()
+        logits = self.out(torch.tanh(self.table[z] + self.skip(x)))
+        nll = -Bernoulli(logits=logits).log_prob(x).sum(-1)
+        return (nll + q.log_prob(z)).mean()
+
+
+class Gaussian(nn.Module):
+    """A VAE with a few normal latents."""
+
+    def __init__(self, pixels: int = 784, latents: int = 4, hidden: int = 200) -> None:
+        super().__init__()
+        self.loc, self.scale = nn.Linear(pixels, latents), nn.Linear(pixels, latents)
+        self.decoder = nn.Sequential(nn.Linear(latents, hidden), nn.Tanh(), nn.Linear(hidden, pixels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = Normal(self.loc(x), F.softplus(self.scale(x)))
+        z = q.sample()
+        nll = -Bernoulli(logits=self.decoder(z)).log_prob(x).sum(-1)
+        prior = Normal(torch.zeros_like(z), torch.ones_like(z))
+        return (nll + (q.log_prob(z) - prior.log_prob(z)).sum(-1)).mean()

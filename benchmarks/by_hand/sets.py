@@ -1,0 +1,35 @@
+"""Sums over outcomes, and sets of distinct ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.by_hand.densities import pixels
+from benchmarks.by_hand.models import Mixture
+
+
+def enumerate_(model: Mixture, x: Tensor, state: Any) -> Tensor:
+    log_p = torch.log_softmax(model.gate(x), -1).T  # [C, B]
+    logits = model.out(torch.tanh(model.table.unsqueeze(1) + model.skip(x)))  # [C, B, pixels]
+    return (log_p.exp() * (pixels(logits, x) + log_p)).sum(0).mean()
+
+
+def unordered_set(model: Mixture, x: Tensor, state: Any) -> Tensor:
+    """For sets of two the weights have closed forms, and so has the built-in baseline."""
+    log_p = torch.log_softmax(model.gate(x), -1)
+    with torch.no_grad():
+        u = torch.rand(log_p.shape[::-1], dtype=log_p.dtype).T.clamp(min=torch.finfo(log_p.dtype).tiny)
+        index = (torch.log(-torch.log1p(-u)) - log_p).sort(-1).indices[..., :2].T  # [2, B]
+    log_s = log_p.gather(-1, index.T).T  # [2, B]
+    logits = model.out(torch.tanh(model.table[index] + model.skip(x)))
+    f = pixels(logits, x) + log_s  # [2, B]
+    with torch.no_grad():
+        p = log_s.exp()
+        later = p.flip(0) / (1 - p)  # of the other one, once this one is drawn
+        weight = p * later
+        weight = weight / weight.sum(0) / len(x)
+        advantage = weight * (1 - p) * (f - f.flip(0))
+    return (weight * f).sum() + (advantage * log_s).sum()
