@@ -33,3 +33,35 @@ def unordered_set(model: Mixture, x: Tensor, state: Any) -> Tensor:
         weight = weight / weight.sum(0) / len(x)
         advantage = weight * (1 - p) * (f - f.flip(0))
     return (weight * f).sum() + (advantage * log_s).sum()
+
+
+def without_replacement(model: Mixture, x: Tensor, state: Any) -> Tensor:
+    """Two outcomes, weighted by one over the probability that they come before the third."""
+    log_p = torch.log_softmax(model.gate(x), -1)
+    with torch.no_grad():
+        u = torch.rand(log_p.shape[::-1], dtype=log_p.dtype).T.clamp(min=torch.finfo(log_p.dtype).tiny)
+        times, order = (torch.log(-torch.log1p(-u)) - log_p).sort(-1)
+        index = order[..., :2].T  # [2, B]
+    log_s = log_p.gather(-1, index.T).T  # [2, B]
+    f = pixels(model.out(torch.tanh(model.table[index] + model.skip(x))), x) + log_s
+    with torch.no_grad():
+        weight = log_s.exp() / -torch.expm1(-torch.exp(log_s + times[..., 2])) / len(x)
+        advantage = weight * (weight.sum(0) * f - (weight * f).sum(0)) * len(x)
+    return (weight * f).sum() + (advantage * log_s).sum()
+
+
+def sum_and_sample(model: Mixture, x: Tensor, state: Any) -> Tensor:
+    """The most probable outcome and one of the others."""
+    log_p = torch.log_softmax(model.gate(x), -1)
+    with torch.no_grad():
+        order = log_p.sort(dim=-1, descending=True, stable=True).indices
+        others = log_p.gather(-1, order[..., 1:])
+        place = torch.multinomial(others.softmax(-1), 1, replacement=True)
+        index = torch.cat([order[..., :1], order[..., 1:].gather(-1, place)], -1).T  # [2, B]
+        rest = others.exp().sum(-1) / len(x)
+    log_s = log_p.gather(-1, index.T).T  # [2, B]
+    f = pixels(model.out(torch.tanh(model.table[index] + model.skip(x))), x) + log_s
+    with torch.no_grad():
+        weight = torch.stack([log_s[0].exp() / len(x), rest])
+        advantage = rest * (f[1] - f[0])  # that of the most probable one is zero
+    return (weight * f).sum() + (advantage * log_s[1]).sum()
