@@ -70,7 +70,7 @@ def test_the_compiled_estimator_is_the_hand_written_one(name: str) -> None:
     state = compiled.estimators["z"] if "z" in compiled.estimators else None
     with torch.no_grad():  # what is learned starts where it changes nothing
         for parameter in compiled.estimator_parameters():
-            parameter += 0.1 * torch.rand_like(parameter)
+            parameter.add_(0.1 * torch.rand_like(parameter))
     gradients = []
     for loss in (lambda: compiled(x), lambda: case.by_hand(model, x, state)):
         torch.manual_seed(1)
