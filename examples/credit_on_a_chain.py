@@ -1,13 +1,12 @@
 """What each step of credit assignment is worth: the variance of the gradient on a chain of 20 coins with a cost each.
 
-From the total cost to the cost-to-go, to a value function taken from it, to a critic that sees the outcome as well;
-the learned parts read the sufficient context that the compiler finds, the coin before.
+From the total cost to the cost-to-go, to what may be taken from it: a moving average, a value function, a critic that
+sees the outcome as well. The learned parts read the sufficient context that the compiler finds: the coin before.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -29,60 +28,90 @@ class Chain(nn.Module):
     def forward(self) -> Tensor:
         z, total = torch.zeros(()), torch.zeros(())
         for t, logit in enumerate(self.logits):
-            z = scg.sample(Bernoulli(logits=logit + 2 * z - 1), f"z_{t}")
+            z = scg.sample(Bernoulli(logits=logit + 4 * z - 2), f"z_{t}")
             total = total + scg.cost((z - 0.3) ** 2, f"cost_{t}")
         return total
 
 
-def variance(estimator: Any, credit: str, *, steps: int, training: int, n: int) -> float:
-    """Of the gradient, summed over parameters, once the learned parts are trained."""
+PLAIN = ScoreFunction(baseline=None)
+RUNGS: dict[str, tuple[Any, str]] = {
+    "total cost": (PLAIN, "none"),
+    "cost-to-go": (PLAIN, "element"),
+    "less a moving average": (ScoreFunction(baseline="moving_average"), "element"),
+    "less a value function": (ScoreFunction(baseline="learned"), "element"),
+    "with a critic": (Critic(), "element"),
+}
+"""Name -> (estimator, credit): each one unbiased, each one step further."""
+
+
+def variances(estimator: Any, credit: str, *, steps: int, training: int, n: int) -> Tensor:
+    """Of the gradient in the logit of each step, once averages and learned parts have seen enough.  ``[steps]``"""
     torch.manual_seed(0)
-    loss = scg.compile(Chain(steps), estimator=estimator, credit=credit, example_inputs=())
-    if learned := list(loss.estimator_parameters()):
-        optimizer = torch.optim.Adam(learned, lr=1e-2)
-        for _ in trange(training, desc="training", leave=False):
+    chain = Chain(steps)
+
+    def compiled(samples: int) -> scg.CompiledModule:
+        return scg.compile(chain, estimator=estimator, credit=credit, samples=samples, example_inputs=())
+
+    taught = compiled(16)
+    learned = list(taught.estimator_parameters())
+    optimizer = torch.optim.Adam(learned, lr=1e-2) if learned else None
+    for _ in trange(training, desc="training", leave=False):
+        objective = taught()  # moving averages move with every call
+        if optimizer is not None:
             optimizer.zero_grad()
-            loss().backward()
+            objective.backward()
             optimizer.step()
-    return float(scg.gradient_samples(loss, n=n)["logits"].var(0).sum())
+    loss = compiled(1)
+    loss.load_state_dict(taught.state_dict())
+    return scg.gradient_samples(loss, n=n)["logits"].var(0)
 
 
-def bars(values: dict[str, float], path: Path) -> None:
-    """A bar for each on a logarithmic axis, as SVG."""
-    low = min(values.values()) / 2
-    scale = 300 / math.log(max(values.values()) / low)
-    rows = []
-    for i, (name, value) in enumerate(values.items()):
-        y, width = 30 * i + 30, scale * math.log(value / low)
-        rows.append(f'<text x="190" y="{y + 14}" text-anchor="end">{name}</text>')
-        rows.append(f'<rect x="200" y="{y}" width="{width:.0f}" height="20" fill="#1b6ca8"/>')
-        rows.append(f'<text x="{205 + width:.0f}" y="{y + 14}">{value:.3g}</text>')
-    title = '<text x="0" y="14">variance of the gradient, logarithmic</text>'
-    style = 'font-family="sans-serif" font-size="12" fill="#777"'
-    size = f'width="560" height="{30 * len(values) + 40}"'
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{title}{"".join(rows)}</svg>\n')
+COLOURS = ("#777777", "#2b7fc4", "#c4682b", "#2b9a6e", "#b0559b")
+"""Seen on white and on black alike."""
+
+
+def plot(found: dict[str, Tensor], path: Path) -> None:
+    """All steps together as bars, and step by step."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    grey = COLOURS[0]
+    keys = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style: dict[str, Any] = {**dict.fromkeys(keys, grey), "svg.fonttype": "none", "svg.hashsalt": "scg"}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "font.family": "sans-serif"}
+    with rc_context(style):
+        figure = Figure(figsize=(9, 3.4), layout="constrained", facecolor="none")
+        whole, each = figure.subplots(1, 2)
+        names, sums = list(found), [float(v.sum()) for v in found.values()]
+        bars = whole.barh(names, sums, color=COLOURS, height=0.6)
+        whole.bar_label(bars, [f"{value:.3g}" for value in sums], padding=3)
+        whole.set(xscale="log", xlim=(min(sums) / 2, 3 * max(sums)), title="variance of the gradient, all steps")
+        whole.invert_yaxis()
+        for (name, values), colour, marker in zip(found.items(), COLOURS, "sov^D", strict=True):
+            each.plot(values, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+        each.set(yscale="log", xlabel="step", title="of each step's logit")
+        each.xaxis.get_major_locator().set_params(integer=True)
+        for axes in (whole, each):
+            axes.set_facecolor("none")
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke-test", action="store_true")
     args = parser.parse_args()
     steps, training, n = (4, 3, 10) if args.smoke_test else (args.steps, 400, 1000)
-    plain = ScoreFunction(baseline=None)
-    settings: dict[str, tuple[Any, str]] = {
-        "total cost": (plain, "none"),
-        "cost-to-go": (plain, "element"),
-        "less a value function": (ScoreFunction(baseline="learned"), "element"),
-        "with a critic": (Critic(), "element"),
-    }
     found = {}
-    for name, (estimator, credit) in settings.items():
-        found[name] = variance(estimator, credit, steps=steps, training=training, n=n)
-        print(f"{name:24}{found[name]:10.3g}", flush=True)
-    folder = Path("out")
-    folder.mkdir(exist_ok=True)
-    bars(found, folder / "credit_on_a_chain.svg")
+    for name, (estimator, credit) in RUNGS.items():
+        found[name] = variances(estimator, credit, steps=steps, training=training, n=n)
+        print(f"{name:24}{float(found[name].sum()):10.3g}", flush=True)
+    args.out.mkdir(exist_ok=True)
+    try:
+        plot(found, args.out / "credit_on_a_chain.svg")
+    except ImportError:
+        print("for the plot: pip install 'scg[plot]'")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,25 @@ def test_contexts_equal_brute_force_d_separation(block: int) -> None:
         assert set(found.critic) in legal, (seed, site)
 
 
+@pytest.mark.parametrize("block", range(4))
+def test_markov_equals_brute_force_d_separation(block: int) -> None:
+    """200 random graphs: may a prediction from these values stand for those costs in a target of the site?"""
+    answers = []
+    for seed in range(50 * block, 50 * (block + 1)):
+        values, edges = _random_graph(seed)
+        site = random.Random(seed).choice(list(values.parents))
+        costs = [cost for cost in values.costs if _reaches(edges, site, f"cost: {cost}")]
+        found = contexts_of(values, site, costs)
+        for some in _subsets(costs):
+            ends = {f"cost: {cost}" for cost in some}
+            for later in _subsets(values.parents):
+                expected = _separated(edges, set(found.baseline) - later, ends, later)
+                assert found.markov(later, some) == expected, (seed, site, later, some)
+                if some and not set(found.baseline) <= later:
+                    answers.append(expected)
+    assert any(answers) and not all(answers)
+
+
 def _reaches(edges: Edges, start: str, end: str) -> bool:
     return start == end or any(_reaches(edges, b, end) for a, b in edges if a == start)
 

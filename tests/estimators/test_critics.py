@@ -71,10 +71,11 @@ class Table(nn.Module):
 
 
 class Chain(nn.Module):
-    """Three coins, each weighed by the one before it, with a cost each."""
+    """Three coins, each weighed by the one before it, with a cost each, discounted."""
 
-    def __init__(self) -> None:
+    def __init__(self, discount: float = 1.0) -> None:
         super().__init__()
+        self.discount = discount
         self.w = nn.Parameter(torch.tensor([0.4, -0.7, 0.9], dtype=torch.float64))
         self.c = nn.Parameter(torch.tensor([1.3, -0.5], dtype=torch.float64))
 
@@ -89,7 +90,8 @@ class Chain(nn.Module):
         for t in range(3):
             draw = scg.sample(self.law(t, z[-1] if z else torch.zeros(())), f"z{t}")
             z.append(draw)
-        return torch.stack([scg.cost(c, f"c{t}") for t, c in enumerate(self.costs(z))]).sum()
+        costs = [self.discount**t * scg.cost(c, f"c{t}") for t, c in enumerate(self.costs(z))]
+        return torch.stack(costs).sum()
 
 
 def by_hand(
@@ -108,29 +110,34 @@ def by_hand(
     return total
 
 
-def returns(target: Target, costs: list[Tensor], predicted: list[Tensor]) -> list[Tensor]:
+def returns(target: Target, costs: list[Tensor], predicted: list[Tensor], discount: float = 1.0) -> list[Tensor]:
     """The returns of a chain by the textbook's recursion; ``predicted[t]`` is the prediction at step ``t``."""
     steps = len(costs)
-    if isinstance(target, MonteCarlo):
-        return [torch.stack(costs[t:]).sum() for t in range(steps)]
-    if isinstance(target, TD):
-        ends = [min(t + target.steps, steps) for t in range(steps)]
-        tails = [predicted[end] if end < steps else torch.zeros(()) for end in ends]
-        return [torch.stack(costs[t:end]).sum() + tail for t, end, tail in zip(range(steps), ends, tails, strict=True)]
+    if not isinstance(target, TDLambda):
+        ahead = target.steps if isinstance(target, TD) else steps
+        tails = [*predicted, *[torch.zeros(())] * ahead]
+        return [
+            sum((discount**k * costs[t + k] for k in range(min(ahead, steps - t))), discount**ahead * tails[t + ahead])
+            for t in range(steps)
+        ]
     found: list[Tensor] = []
     for t in reversed(range(steps)):
         after = (1 - target.decay) * predicted[t + 1] + target.decay * found[0] if found else torch.zeros(())
-        found.insert(0, costs[t] + after)
+        found.insert(0, costs[t] + discount * after)
     return found
 
 
 TARGETS = (MonteCarlo(), TD(1), TD(2), TDLambda(0.0), TDLambda(0.6))
 
 
+@pytest.mark.parametrize("discount", [1.0, 0.7])
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_actor_critic_equals_its_target(target: Target) -> None:
-    """The advantage and the fit of every value function, against returns computed by hand."""
-    model = Chain()
+def test_actor_critic_equals_its_target(target: Target, discount: float) -> None:
+    """The advantage and the fit of every value function, against returns computed by hand.
+
+    A discount of the costs is one of the returns: a value speaks of its own step on, as if nothing lay before.
+    """
+    model = Chain(discount)
     tables = [Table(0.3, 0.0), Table(-0.4, 1.1), Table(0.8, -0.7)]
     reads: list[tuple[str, ...]] = [(), ("z0",), ("z1",)]
     estimators = {
@@ -145,8 +152,8 @@ def test_actor_critic_equals_its_target(target: Target) -> None:
         predicted = [tables[0](), tables[1](z[0]), tables[2](z[1])]
         fixed = [p.detach() for p in predicted]
         total = torch.zeros((), dtype=torch.float64)
-        for t, wanted in enumerate(returns(target, costs, fixed)):
-            total = total + (wanted - fixed[t]) * log_p[t] + (wanted - predicted[t]) ** 2
+        for t, wanted in enumerate(returns(target, costs, fixed, discount)):
+            total = total + discount**t * ((wanted - fixed[t]) * log_p[t] + (wanted - predicted[t]) ** 2)
         return total
 
     expected = by_hand(model, surrogate, parameters)
@@ -209,6 +216,81 @@ def test_a_cut_is_taken_where_costs_fall_apart(joint: bool) -> None:
         behind = tables["b"](z) + (0.0 if joint else tables["c"](z))
         advantage.append((z - 0.3) ** 2 + behind - tables["a"]())
     torch.testing.assert_close(found["w"][0], (p * (1 - p) * (advantage[1] - advantage[0])).detach())
+
+
+class Branches(nn.Module):
+    """A coin above two that stand above one each, or above one together; a cost each, discounted by depth."""
+
+    def __init__(self, joint: bool) -> None:
+        super().__init__()
+        self.above = {"a": "", "b": "a", "c": "a", **({"d": "bc"} if joint else {"d": "b", "e": "c"})}
+        self.w = nn.Parameter(torch.tensor([0.4, -0.7, 0.9, 0.2, -0.5], dtype=torch.float64))
+
+    def law(self, name: str, z: dict[str, Tensor]) -> Bernoulli:
+        return Bernoulli(logits=self.w["abcde".index(name)] + sum(z[above] for above in self.above[name]))
+
+    @staticmethod
+    def cost(name: str, z: dict[str, Tensor]) -> Tensor:
+        return ("abcde".index(name) + 1) * (z[name] - 0.3) ** 2
+
+    def forward(self) -> Tensor:
+        z: dict[str, Tensor] = {}
+        total = torch.zeros((), dtype=torch.float64)
+        for name in self.above:
+            z[name] = scg.sample(self.law(name, z), name)
+            total = total + 0.7 ** DEPTH[name] * scg.cost(self.cost(name, z), f"cost_{name}")
+        return total
+
+
+DEPTH = {"a": 0, "b": 1, "c": 1, "d": 2, "e": 2}
+
+
+@pytest.mark.parametrize(
+    ("joint", "target"),
+    [
+        pytest.param(joint, target, id=f"{name}-{target}", marks=[] if target == quick else [pytest.mark.slow])
+        for joint, name, quick in ((False, "tree", TDLambda(0.6)), (True, "diamond", TD(2)))
+        for target in (TD(1), TD(2), TDLambda(0.6))
+    ],
+)
+def test_discounted_returns_below_branches(joint: bool, target: Target) -> None:
+    """A return is the sum over branches. Where they meet again, a cost below both is predicted once: by the first."""
+    model = Branches(joint)
+    names = list(model.above)
+    tables = {name: Table(0.3 * i - 0.5, 0.7 - 0.4 * i) for i, name in enumerate(names)}
+    estimators = {n: ActorCritic(Learned(tables[n], inputs=tuple(model.above[n]), target=target)) for n in names}
+    compiled = scg.compile(model, estimators=estimators, example_inputs=())
+    parameters = [model.w, *itertools.chain.from_iterable(table.parameters() for table in tables.values())]
+    _, found = expected_estimate(compiled, {str(i): p for i, p in enumerate(parameters)})
+
+    cut = {"a": "b" if joint else "bc", "b": "d", "c": "d" if joint else "e", "d": "", "e": ""}
+    expected = [torch.zeros_like(p) for p in parameters]
+    for bits in itertools.product((0.0, 1.0), repeat=len(names)):
+        z = {name: torch.tensor(bit, dtype=torch.float64) for name, bit in zip(names, bits, strict=True)}
+        log_p = {name: model.law(name, z).log_prob(z[name]) for name in names}
+        value = {name: tables[name](*(z[above] for above in model.above[name])) for name in names}
+        own = {name: model.cost(name, z) for name in names}
+        if joint:
+            own["a"] = own["a"] + 0.7 * own["c"]  # behind no cut: as it was drawn
+
+        def wanted(name: str, steps: int, own: dict[str, Tensor] = own, value: dict[str, Tensor] = value) -> Tensor:
+            if not steps:
+                return value[name].detach()
+            if isinstance(target, TD):
+                return own[name] + 0.7 * sum(wanted(below, steps - 1) for below in cut[name])
+            mixed = [0.4 * value[below].detach() + 0.6 * wanted(below, steps) for below in cut[name]]
+            return own[name] + 0.7 * sum(mixed)
+
+        surrogate = torch.zeros((), dtype=torch.float64)
+        for name in names:
+            goal = wanted(name, target.steps if isinstance(target, TD) else 1)
+            gain = (goal - value[name]).detach() * log_p[name] + (goal - value[name]) ** 2
+            surrogate = surrogate + 0.7 ** DEPTH[name] * gain
+        probability = torch.stack(list(log_p.values())).sum().exp().detach()
+        for total, grad in zip(expected, torch.autograd.grad(surrogate, parameters, allow_unused=True), strict=True):
+            if grad is not None:
+                total += probability * grad
+    torch.testing.assert_close(list(found.values()), expected, rtol=1e-9, atol=1e-10)
 
 
 class Gaussian(nn.Module):
