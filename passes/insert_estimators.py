@@ -148,7 +148,7 @@ class _Choice:
             if explicit.orders < options.order:
                 raise self._misfit(site, explicit, "its second derivative is not right, and order=2 was given", info)
             self._check_draws(site, explicit)
-            self._check_reads(site, explicit)
+            self._check_reads(site, explicit, info)
             self._check_meeting(site, explicit, info)
             return self._set(site, explicit, f"asked for by {source}")
         if not credited:
@@ -249,15 +249,24 @@ class _Choice:
         reason = f"with the sites enumerated above it, {what}, over {estimator.limit}"
         raise self._misfit(site, estimator, reason, info)
 
-    def _check_reads(self, site: Sample, estimator: Estimator) -> None:
+    def _check_reads(self, site: Sample, estimator: Estimator, info: SiteInfo) -> None:
         """A baseline must not see a consequence of its site."""
         names = estimator.reads()
-        paths = {node.path for node in self.graph.of(Input)}
-        for name in estimator.logged:
-            if name not in paths and name not in self.graph.nodes:
+        by_path = {node.path: node for node in self.graph.of(Input)}
+        elements = info.element_shape
+        for name, each in estimator.logged.items():
+            node = by_path.get(name) or self.graph.nodes.get(name)
+            if node is None:
                 raise EstimatorError(
                     f"%{site.name} ({site.loc}): {estimator.name} reads {name!r}, which is no input that the model "
-                    f"reads; inputs: {', '.join(sorted(paths)) or 'none'}"
+                    f"reads; inputs: {', '.join(sorted(by_path)) or 'none'}"
+                )
+            shape = node.tensor.shape
+            if shape != (elements if each else elements[: len(shape)]):
+                raise EstimatorError(
+                    f"%{site.name} ({site.loc}): {estimator.name} reads {name!r} of shape {list(shape)}, but the site "
+                    f"has elements {list(elements)}: give a number for each of them"
+                    f"{'' if each else ', or for each index of leading dims'}"
                 )
         if isinstance(names, str):
             return  # its sufficient context, found by the same rules

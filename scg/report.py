@@ -188,10 +188,14 @@ def _row(graph: Graph, site: Sample, evaluations: Mapping[str, int]) -> Row:
         estimator=", ".join(estimator_texts(graph, site)) or "—",
         why=site.reason or "—",
         costs=", ".join(_shortened(costs)) or "none",
-        biased="—" if estimator is None else "no" if estimator.unbiased else "BIASED",
+        biased="—" if estimator is None else "no" if estimator.unbiased else _label(estimator),
         rows=rows if estimator else "—",
         where=site.loc or "—",
     )
+
+
+def _label(estimator: Estimator) -> str:
+    return "BIASED" + (f": {'; '.join(estimator.biases)}" if estimator.biases else "")
 
 
 def _shortened(names: list[str]) -> list[str]:

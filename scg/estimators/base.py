@@ -164,8 +164,16 @@ class Estimator:
         return ()
 
     @property
-    def logged(self) -> tuple[str, ...]:
-        """Names of the inputs that hold what was logged with a replayed draw."""
+    def logged(self) -> Mapping[str, bool]:
+        """Names of the inputs that hold what was logged with a replayed draw: a number for each of its elements?
+
+        False for those that have one along leading element dims.
+        """
+        return {}
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """What makes a biased estimator so, where its settings decide: short phrases for reports."""
         return ()
 
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...], draws: int) -> nn.Module | None:

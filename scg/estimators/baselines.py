@@ -29,6 +29,11 @@ class Baseline:
     """How many i.i.d. draws of the site it needs."""
 
     @property
+    def biases(self) -> tuple[str, ...]:
+        """As `Estimator.biases`."""
+        return ()
+
+    @property
     def reads(self) -> Reads:
         """What it reads beside the signal."""
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scg.estimators.base import SiteContext, SiteInfo, Support
+from scg.estimators.baselines import Baseline
 from scg.estimators.importance_weighted import log_ratio_of
 from scg.estimators.learned import Learned
 from scg.estimators.score_function import ScoreFunction
@@ -48,8 +50,15 @@ class ClippedSurrogate(ScoreFunction):
             raise ValueError(f"clipped_surrogate: clip={self.clip} must lie between 0 and 1")
 
     @property
-    def logged(self) -> tuple[str, ...]:
-        return (self.behaviour,)
+    def logged(self) -> Mapping[str, bool]:
+        return {self.behaviour: True}
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        found = ["a clipped ratio, and none of earlier draws"]
+        if isinstance(self.baseline, Baseline):
+            found += self.baseline.biases
+        return tuple(found)
 
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:

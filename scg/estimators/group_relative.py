@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +33,11 @@ class Standardised(Baseline):
 
     name: ClassVar[str] = "standardised"
     unbiased: ClassVar[bool] = False
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        own = "the group's mean counts the draw itself"
+        return (own, "divided by the group's standard deviation") if self.scale else (own,)
 
     def check(self, site: SiteInfo) -> Support:
         return group_fits(site, self.group)
@@ -84,8 +90,18 @@ class GroupRelative(ScoreFunction):
             raise ValueError(f"group_relative: baseline={self.baseline!r} must be a Standardised")
 
     @property
-    def logged(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.lengths, self.behaviour) if name is not None)
+    def logged(self) -> Mapping[str, bool]:
+        given = {self.lengths: False, self.behaviour: True}
+        return {name: each for name, each in given.items() if name is not None}
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        found = list(self.baseline.biases)
+        if self.lengths is not None:
+            found.append("divided by the length")
+        if self.behaviour is not None:
+            found.append("a clipped ratio, and none of earlier draws")
+        return tuple(found)
 
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:

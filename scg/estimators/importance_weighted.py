@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,8 +38,8 @@ class ImportanceWeighted(ScoreFunction):
     formula: ClassVar[str] = r"(W Q - W_{\le z} b)\, \nabla_\theta \log p_\theta(z)"
 
     @property
-    def logged(self) -> tuple[str, ...]:
-        return (self.behaviour,)
+    def logged(self) -> Mapping[str, bool]:
+        return {self.behaviour: True}
 
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -160,12 +161,36 @@ def test_biased_baselines_are_not_for_unbiased_estimators() -> None:
         ScoreFunction(baseline=Standardised())
     with pytest.raises(scg.EstimatorError, match="allow_biased=False"):
         scg.compile(Answers(), estimator=GroupRelative(Standardised(1)), allow_biased=False)(*_answers())
-    assert "BIASED" in str(_explained(GroupRelative(Standardised(1))))
+    mean, deviation, length, clip = "counts the draw itself", "standard deviation", "divided by the length", "clipped"
+    for estimator, said in (
+        (GroupRelative(Standardised(1)), {mean, deviation}),
+        (GroupRelative(Standardised(1, scale=False), lengths="lengths"), {mean, length}),
+        (GroupRelative(Standardised(1), behaviour="behaviour"), {mean, deviation, clip}),
+        (ClippedSurrogate(Constant(0.0)), {clip}),
+        (ClippedSurrogate(Standardised(1)), {mean, deviation, clip}),
+    ):
+        (row,) = _explained(estimator).rows
+        assert row.biased.startswith("BIASED: ")
+        assert {words for words in (mean, deviation, length, clip) if words in row.biased} == said
     assert "BIASED" not in str(_explained(ScoreFunction(baseline=LeaveOneOut(group=1))))
 
 
 def _answers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ones(2, 4, 3).double(), torch.randn(2, 4).double(), torch.ones(2, 4), torch.zeros(2, 4, 3)
+    return torch.ones(2, 4, 3).double(), torch.randn(2, 4).double(), torch.ones(2, 4), torch.zeros(2, 4, 3).double()
+
+
+@pytest.mark.parametrize(
+    "estimator", [ClippedSurrogate(Constant(0.0)), GroupRelative(Standardised(1), behaviour="behaviour")]
+)
+@pytest.mark.parametrize("shape", [(2, 4), (3,), (2, 1, 3), (2, 4, 3, 1)], ids=str)
+def test_what_was_logged_has_a_number_for_each_element(estimator: Any, shape: tuple[int, ...]) -> None:
+    """One that only broadcasts to them would be read along the wrong dims."""
+    example = (*_answers()[:3], torch.zeros(shape).double())
+    with pytest.raises(scg.EstimatorError, match=rf"'behaviour' of shape {re.escape(str(list(shape)))}.*\[2, 4, 3\]"):
+        scg.compile(Answers(), estimator=estimator, example_inputs=example)
+    lengths = GroupRelative(Standardised(1), lengths="lengths")
+    with pytest.raises(scg.EstimatorError, match="each index of leading dims"):
+        scg.compile(Answers(), estimator=lengths, example_inputs=(*_answers()[:2], torch.ones(4), torch.zeros(shape)))
 
 
 def _explained(estimator: Any) -> Any:
