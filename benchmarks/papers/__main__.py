@@ -9,17 +9,30 @@ import torch
 
 from benchmarks.measure import machine
 from benchmarks.papers import (
+    bayesian_regression,
+    digits_vae,
     eight_categories,
     gaussian_costs,
     many_bernoullis,
     one_bernoulli,
     reinmax_bias,
     relax_toy,
+    semi_supervised,
 )
 
 SETTINGS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (one_bernoulli, eight_categories, gaussian_costs, many_bernoullis, relax_toy, reinmax_bias)
+    for module in (
+        one_bernoulli,
+        eight_categories,
+        gaussian_costs,
+        many_bernoullis,
+        relax_toy,
+        reinmax_bias,
+        bayesian_regression,
+        semi_supervised,
+        digits_vae,
+    )
 }
 
 
