@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from scg.analysis.influence import shared_ranges
 from scg.backends import torch_module
 from scg.backends.any_batch import Differs, any_batch
 from scg.capture import Captured, captured
@@ -178,8 +179,9 @@ class CompiledModule(nn.Module):
             enumerate_limit=options.enumerate_limit,
         )
         history = [("traced", graph)]
-        graph = run_passes(graph, insert, options.credit, options.closed_forms, history)
-        return graph, self._lower(graph, args, kwargs), tuple(history)
+        with shared_ranges():
+            graph = run_passes(graph, insert, options.credit, options.closed_forms, history)
+            return graph, self._lower(graph, args, kwargs), tuple(history)
 
     def _lower(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch_module.Program:
         states = make_states(graph, self.estimators)

@@ -1,11 +1,13 @@
 """Mohamed et al. 2020, section 9: Bayesian logistic regression of tumours, pathwise against the score function.
 
 569 tumours of 30 features, standardised, and a constant; posterior N(mu, diag sigma^2), prior N(0, 1), the divergence
-in closed form. Batches of 32, ten draws, Adam at 0.01, 2000 steps. "Theirs" is what a hand-written program came to.
+in closed form. Batches of 32, ten draws, Adam at 0.01, 2000 steps, three seeds.
+"Theirs" is what a hand-written program of fifty draws came to.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 
 import torch
@@ -54,8 +56,8 @@ def bound(model: Regression, x: Tensor, y: Tensor, n: int = 1000) -> float:
     return -float(nll + kl)
 
 
-def trained(estimator: object, x: Tensor, y: Tensor, steps: int) -> Regression:
-    torch.manual_seed(0)
+def trained(estimator: object, x: Tensor, y: Tensor, steps: int, seed: int) -> Regression:
+    torch.manual_seed(seed)
     model = Regression(x.shape[1], len(x))
     loss_fn = scg.compile(model, estimator=estimator, samples=DRAWS, example_inputs=(x[:BATCH], y[:BATCH]))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -75,7 +77,7 @@ def variance(estimator: object, x: Tensor, y: Tensor, n: int, draws: int = 1) ->
 
 def run(quick: bool = False) -> Iterator[Figure]:
     x, y = tumours()
-    steps, n = (3, 4) if quick else (2000, 3000)
+    steps, n, seeds = (3, 4, 1) if quick else (2000, 3000, 3)
     plain, baseline = (ESTIMATORS["score_function"](baseline=kind) for kind in (None, "leave_one_out"))
     pathwise = variance("reparam", x, y, n)
     compared = variance(baseline, x, y, n, DRAWS)
@@ -84,5 +86,5 @@ def run(quick: bool = False) -> Iterator[Figure]:
     yield Figure("likewise, score function with the mean of other draws", 8.4e5, compared, quick or compared < alone)
     yield Figure("likewise, score function alone", 2.5e6, alone, True)
     for name, estimator, theirs in (("pathwise", "reparam", -67.1), ("score function, leave-one-out", baseline, -67.3)):
-        found = bound(trained(estimator, x, y, steps), x, y)
-        yield Figure(f"bound after {steps} steps, {name}", theirs, found, quick or found > -75)
+        found = statistics.mean(bound(trained(estimator, x, y, steps, seed), x, y) for seed in range(seeds))
+        yield Figure(f"bound after {steps} steps, mean of {seeds} seeds, {name}", theirs, found, quick or found > -75)

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -206,15 +208,34 @@ def influence(
     return Influence(analysis.sources, analysis.fallbacks, analysis.states, analysis.bits)
 
 
+@contextmanager
+def shared_ranges() -> Iterator[None]:
+    """The analyses within remember together what nodes made of ranges: passes ask about graphs that differ little."""
+    token = _pool.set(_Pool())
+    try:
+        yield
+    finally:
+        _pool.reset(token)
+
+
 _Rule = Callable[[Mapping[Ref, Tensor]], Depths]
+_Found = tuple[tuple["_Range | None", ...], str | None]
+"""The ranges of a node's outputs, and why every element was taken to read everything."""
 
 
 class _Pool:
-    """Interns ranges and relations by content."""
+    """Interns ranges and relations by content, and remembers what nodes made of them."""
 
     def __init__(self) -> None:
+        self.found: dict[Any, _Found] = {}
         self._ranges: dict[Any, _Range] = {}
         self._relations: dict[Any, Relation] = {}
+        self._nodes: dict[int, Node] = {}
+
+    def identity(self, node: Node) -> int:
+        """A number that no other node gets, which it is kept alive for."""
+        self._nodes[id(node)] = node
+        return id(node)
 
     def range(self, low: Tensor | None, high: Tensor | None) -> _Range | None:
         """The range of these depths; None if they read nothing."""
@@ -234,6 +255,9 @@ class _Pool:
         if key not in self._relations:
             self._relations[key] = Relation(tuple(ranges[0].low.shape), extent, ranges)
         return self._relations[key]
+
+
+_pool: ContextVar[_Pool | None] = ContextVar("pool", default=None)
 
 
 def _compress(x: Tensor) -> Tensor:
@@ -256,9 +280,8 @@ class _Analysis:
         self.bits = {name: 1 << i for i, name in enumerate(sources)}
         self.states: dict[str, tuple[_States, ...]] = {}
         self.fallbacks: dict[str, str] = {}
-        self.pool = _Pool()
+        self.pool = _pool.get() or _Pool()
         self.constants: dict[str, Any] = {}
-        self.memo: dict[Any, tuple[_Range | None, ...]] = {}
         self.parts: dict[Any, Any] = {}
         self.worlds: list[Ref] = []  # what impure opaque calls have been told so far
 
@@ -319,13 +342,14 @@ class _Analysis:
             case Marginal():
                 return (self._marginal(node),)
             case Dist():
-                return self._through(node, node.params, partial(_dist, node), None)
+                return self._through(node, node.params, partial(_dist, node), self.pool.identity(node))
             case Sample():
                 refs = ((node.dist,) if self.through_sites else ()) + ((node.value,) if node.value else ())
-                return self._through(node, refs, partial(_sample, node, self._dist(node.dist)), None)
+                key = (self.through_sites, self._with_dist(node))
+                return self._through(node, refs, partial(_sample, node, self._dist(node.dist)), key)
             case LogProb():
                 rule = partial(_log_prob, node, self._dist(node.dist))
-                return self._through(node, (node.dist, node.value), rule, None)
+                return self._through(node, (node.dist, node.value), rule, self._with_dist(node))
             case Expected():
                 return self._through(node, node.dists, partial(_expected, node), None)
             case Depends():
@@ -347,6 +371,9 @@ class _Analysis:
             (states,) = self._through(node, node.inputs, partial(_marginal, node), None)
         summed = sum(self.bits[s.name] for s in self.graph.of(Sample) if s.name in self.bits and node.sums(s))
         return {relation: left for relation, sites in states.items() if (left := sites & ~summed)}
+
+    def _with_dist(self, node: Sample | LogProb) -> tuple[int, int]:
+        return self.pool.identity(node), self.pool.identity(self._dist(node.dist))
 
     def _dist(self, ref: Ref) -> Dist:
         dist = self.graph.nodes[ref]
@@ -371,7 +398,7 @@ class _Analysis:
         refs = tuple(dict.fromkeys(node.inputs))
 
         def stand_in(ref: Ref) -> Any:
-            known = ref if ref in self.constants else None
+            known = (self, ref) if ref in self.constants else None  # other graphs may have another constant there
             return (refs.index(ref), types.get(ref), known)
 
         arguments = _freeze(map_refs(stand_in, [list(node.args), dict(node.kwargs)]))
@@ -389,12 +416,14 @@ class _Analysis:
             per_dim = []
             for dim in range(len(extent)):
                 ranges = tuple((i, relation._ranges[dim]) for i, relation in operands)
-                found = self.memo.get((key, ranges)) if key is not None else None
+                found = self.pool.found.get((key, ranges)) if key is not None else None
                 if found is None:
                     found = self._ranges(node, shapes, rule, {distinct[i]: r for i, r in ranges})
                     if key is not None:
-                        self.memo[key, ranges] = found
-                per_dim.append(found)
+                        self.pool.found[key, ranges] = found
+                if found[1] is not None:
+                    self.fallbacks[node.name] = found[1]
+                per_dim.append(found[0])
             for i, output in enumerate(outputs):
                 ranges_out = tuple(found[i] for found in per_dim)
                 if all(r is not None for r in ranges_out):
@@ -404,7 +433,8 @@ class _Analysis:
 
     def _ranges(
         self, node: Node, shapes: tuple[Shape, ...], rule: _Rule, operands: Mapping[Ref, _Range]
-    ) -> tuple[_Range | None, ...]:
+    ) -> _Found:
+        why = None
         lows, highs = ({ref: getattr(r, end) for ref, r in operands.items()} for end in ("low", "high"))
         try:
             low, high = rule(lows), rule(highs)
@@ -412,9 +442,9 @@ class _Analysis:
             _check(high, shapes)
         except (Unknown, RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError) as error:
             # Sound whatever a rule stumbled over: every output reads all that any input reads.
-            self.fallbacks[node.name] = f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {error}"
             low, high = (rules.everything(ends.values(), shapes) for ends in (lows, highs))
-        return tuple(self.pool.range(a, b) for a, b in zip(low, high, strict=True))
+        return tuple(self.pool.range(a, b) for a, b in zip(low, high, strict=True)), why
 
     # -- operations
     def _run(
