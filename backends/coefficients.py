@@ -47,6 +47,11 @@ class CoefficientRule:
         else:
             self.program = self._trace()
 
+    @property
+    def known(self) -> Mapping[str, float | Tensor]:
+        """Those that are known when compiling, by cost name."""
+        return dict(zip(self.costs, self.fixed, strict=True)) if self.constant else {}
+
     def __call__(self, look: Callable[[Ref], Tensor], wrap: Callable[[Tensor], Tensor]) -> Mapping[str, Coefficient]:
         """The coefficients by cost name.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,19 +19,35 @@ _MATRIX_ENTRIES = 1 << 22
 
 def credit_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int, ...]) -> Tensor:
     """Sums cost elements ``[*dims | *cost]`` into the site elements they teach, ``[*dims | *elements]``."""
+    return _gather(tensor, lead, edge, elements, torch.sum, _sum_of_boxes)
+
+
+def credit_max(tensor: Tensor, edge: CreditEdge, elements: tuple[int, ...]) -> Tensor:
+    """The largest of the cost elements ``[*cost]`` that teach each site element; of compile time, zero or more."""
+    return _gather(tensor, 0, edge, elements, torch.amax, _max_of_boxes)
+
+
+def _gather(
+    tensor: Tensor,
+    lead: int,
+    edge: CreditEdge,
+    elements: tuple[int, ...],
+    whole: Callable[[Tensor, list[int]], Tensor],
+    boxes: Callable[[Tensor, list[Tensor], list[Tensor], list[int]], Tensor],
+) -> Tensor:
     ndim = tensor.dim() - lead
     if edge.simple:
         kept = [axis for axis in edge.axes if axis is not None]
         over = [lead + axis for axis in range(ndim) if axis not in kept]
         if over:
-            tensor = tensor.sum(over)
+            tensor = whole(tensor, over)
         rank = {axis: i for i, axis in enumerate(sorted(kept))}
         tensor = (
             tensor.permute([*range(lead), *(lead + rank[axis] for axis in kept)]) if kept != sorted(kept) else tensor
         )
         shape = [elements[dim] if axis is not None else 1 for dim, axis in enumerate(edge.axes)]
         return tensor.reshape([*tensor.shape[:lead], *shape])
-    return _box_sum(tensor, lead, edge, elements)
+    return _by_boxes(tensor, lead, edge, elements, boxes)
 
 
 def spread(tensor: Tensor, lead: int, edge: CreditEdge, cost_shape: tuple[int, ...]) -> Tensor:
@@ -58,8 +75,14 @@ def spread(tensor: Tensor, lead: int, edge: CreditEdge, cost_shape: tuple[int, .
     return (flat @ record_constant(matrix)).reshape([*flat.shape[:lead], *cost_shape])
 
 
-def _box_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int, ...]) -> Tensor:
-    """General boxes: a 0/1 matrix over the dims that are not tied, shared by the tied ones where it may be."""
+def _by_boxes(
+    tensor: Tensor,
+    lead: int,
+    edge: CreditEdge,
+    elements: tuple[int, ...],
+    boxes: Callable[[Tensor, list[Tensor], list[Tensor], list[int]], Tensor],
+) -> Tensor:
+    """General boxes over the dims that are not tied, shared by the tied ones where they may be."""
     shape = tuple(tensor.shape[lead:])
     sizes = elements or (1,)
     with compile_time():
@@ -76,15 +99,30 @@ def _box_sum(tensor: Tensor, lead: int, edge: CreditEdge, elements: tuple[int, .
     flat = tensor.permute(order)
     kept = list(flat.shape[: lead + len(tied)])
     flat = flat.reshape([*kept, -1])  # [*dims, *tied, C]
-    if lo[0].numel() * math.prod(site_sizes) <= _MATRIX_ENTRIES:
-        matrix = record_constant(lambda: _box_matrix(lo, hi, site_sizes).to(tensor.device, tensor.dtype))
-        summed = flat @ matrix  # [*dims, *tied, prod(site_sizes)]
-    else:
-        summed = _difference_sum(flat, lo, hi, site_sizes)
-    summed = summed.reshape([*kept, *site_sizes])
+    found = boxes(flat, lo, hi, site_sizes).reshape([*kept, *site_sizes])
     place = [*sorted(tied), *rest_site]
     back = [place.index(dim) for dim in range(len(place))]
-    return summed.permute([*range(lead), *(lead + i for i in back)]).reshape([*summed.shape[:lead], *elements])
+    return found.permute([*range(lead), *(lead + i for i in back)]).reshape([*found.shape[:lead], *elements])
+
+
+def _sum_of_boxes(flat: Tensor, lo: list[Tensor], hi: list[Tensor], sizes: list[int]) -> Tensor:
+    """A 0/1 matrix, or a difference array where that is too large.  ``[*dims, *tied, prod(sizes)]``"""
+    if lo[0].numel() * math.prod(sizes) > _MATRIX_ENTRIES:
+        return _difference_sum(flat, lo, hi, sizes)
+    matrix = record_constant(lambda: _box_matrix(lo, hi, sizes).to(flat.device, flat.dtype))
+    return flat @ matrix
+
+
+def _max_of_boxes(flat: Tensor, lo: list[Tensor], hi: list[Tensor], sizes: list[int]) -> Tensor:
+    """Box after box: no table of all is kept.  ``[*tied, prod(sizes)]``"""
+    found = flat.new_zeros([*flat.shape[:-1], math.prod(sizes)])
+    for axis in range(flat.dim() - 1):
+        if bool((flat == flat.narrow(axis, 0, 1)).all()):
+            flat = flat.narrow(axis, 0, 1)
+    for i in range(len(lo[0])):
+        inside = _box_matrix([low[i : i + 1] for low in lo], [high[i : i + 1] for high in hi], sizes)  # [1, S]
+        found = torch.maximum(found, flat[..., i : i + 1] * inside[0])
+    return found
 
 
 def _shared_ties(edge: CreditEdge, los: list[Tensor], his: list[Tensor]) -> dict[int, int]:

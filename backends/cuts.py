@@ -73,13 +73,16 @@ def _once(site: Sample, edge: CreditEdge, link: CreditEdge) -> bool:
 def causal_dim(run: Interpreter, site: Sample) -> int | None:
     """An element dim along which each index is credited with no more than the one before it; the others are tied."""
     found: set[int] = set()
-    for edge in run.signals.edges(site):
+    edges = run.signals.edges(site)
+    for edge in edges:
         if edge.simple:
-            return None
+            continue
         with compile_time():
             size = site.tensor.shape
             open_dims = [dim for dim, axis in enumerate(edge.axes) if axis is None and not edge.mixed[dim]]
             if len(open_dims) != 1 or bool((edge.lo[open_dims[0]] != 0).any()) or size[open_dims[0]] < 2:
                 return None
         found.add(open_dims[0])
-    return found.pop() if len(found) == 1 else None
+    if len(found) != 1 or not all(edge.mixed[min(found)] for edge in edges if edge.simple):
+        return None
+    return found.pop()

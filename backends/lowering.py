@@ -487,7 +487,14 @@ class Interpreter:
     def make_signals(self, *, follows: bool = False) -> Signals:
         """Learning signals of this run; ``follows`` keeps the gradient of what they are computed from."""
         return Signals(
-            self.graph, self.dims, self.env, self.bounds, self.expectation, self.coefficients, follows=follows
+            self.graph,
+            self.dims,
+            self.env,
+            self.bounds,
+            self.expectation,
+            self.coefficients,
+            fixed=self._coefficients.known,
+            follows=follows,
         )
 
     @functools.cached_property

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scg.backends.batching import Batched, SampleDims
 from scg.backends.coefficients import Coefficient
-from scg.backends.credit_sums import credit_sum
+from scg.backends.credit_sums import credit_max, credit_sum
 from scg.backends.expectation import Expectation
 from scg.ir import Bound, Cost, CreditEdge, Graph, Sample
 
@@ -26,10 +27,13 @@ class Signals:
         expectation: Expectation,
         coefficients: Mapping[str, Coefficient],
         *,
+        fixed: Mapping[str, float | Tensor] | None = None,
         follows: bool = False,
     ) -> None:
         self.graph, self.dims, self.env, self.bounds = graph, dims, env, bounds
         self.expectation, self.coefficients = expectation, coefficients
+        self.fixed = fixed or {}
+        """Coefficients that are known when compiling."""
         self.follows = follows
         """Whether signals keep the gradient of the values they are computed from."""
         self._shares: dict[Any, Tensor] = {}
@@ -80,6 +84,30 @@ class Signals:
         uniform = [self.coefficients[edge.cost].uniform for edge in edges]
         known = [abs(u) for u in uniform if u is not None]
         return max(known) if known and len(known) == len(uniform) else 1.0
+
+    def unit(self, site: Sample, scale: float) -> Tensor | None:
+        """For each element the largest coefficient of what it is credited with, ``scale`` taken out.  ``[*elements]``
+
+        Of compile time, of size 1 along dims where it does not vary. None where it is one all over, or not known yet.
+        """
+        elements = self._element_shape(site.name)
+        found: Tensor | None = None
+        for edge in self.edges(site):
+            if self.bound_of(edge.cost) is not None:
+                continue
+            coefficient = self.fixed.get(edge.cost)
+            if coefficient is None:
+                return None
+            shape = self.graph[edge.cost].tensor.shape
+            spread = torch.as_tensor(coefficient, dtype=torch.float64, device="cpu").abs().expand(shape)
+            largest = credit_max(spread, edge, elements) / scale
+            found = largest if found is None else torch.maximum(found, largest)
+        if found is None or bool((found == 1).all()):
+            return None
+        for axis in range(found.dim()):
+            if bool((found == found.narrow(axis, 0, 1)).all()):
+                found = found.narrow(axis, 0, 1)
+        return found
 
     def _running_sum(self, shape: tuple[int, ...], members: list[tuple[str, Tensor]]) -> Tensor:
         """The sum of the members, built on the largest sum made before: T rewards-to-go take T additions."""

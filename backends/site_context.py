@@ -52,6 +52,15 @@ class Context:
         self.surrogate: Tensor | None = None
 
     @functools.cached_property
+    def unit(self) -> Tensor | None:
+        with compile_time():
+            found = self._of.signals.unit(self._site, self.scale)
+        if found is None:
+            return None
+        dtype, device = self.signal.dtype, self.signal.device
+        return record_constant(lambda: found.to(dtype=dtype, device=device))
+
+    @functools.cached_property
     def log_prob(self) -> Tensor:
         found = self._of.log_prob(self._site.dist, self._of.env[self._site.name], self._site.name)
         return self._of.dims.align(found, self.dims)

@@ -292,6 +292,14 @@ class SiteContext(Protocol):
     """What estimators keep of one run of the program, shared by its sites."""
 
     @property
+    def unit(self) -> Tensor | None:
+        """What predictions are in units of: the largest coefficient of the costs that each element is credited with.
+
+        None for one all over. As a discount along an element dim has it.  ``[*elements]``, of size 1 where it does not
+        vary
+        """
+
+    @property
     def log_prob(self) -> Tensor:
         """Of the draw, with the gradient of the parameters.  ``[*dims | *elements]``"""
 

@@ -12,7 +12,7 @@ from torch.distributions import Cauchy, Exponential, Gumbel, Laplace, LogNormal,
 from scg.estimators.actor_critic import scored
 from scg.estimators.base import Predicts, Reads, ScoreEstimator, SiteContext, SiteInfo, Support
 from scg.estimators.rerun import sum_like
-from scg.estimators.targets import MonteCarlo, Target, target_of
+from scg.estimators.targets import MonteCarlo, Target, in_units, misfit, target_of
 from scg.estimators.value_nets import ValueNet
 
 _WITH_CDF = (Normal, Laplace, Exponential, Cauchy, Gumbel, LogNormal, Weibull)
@@ -51,17 +51,16 @@ class LearnedCritic(ScoreEstimator):
     def at(self, context: SiteContext, outcome: Tensor) -> Tensor:
         """The prediction where the site is ``[*dims | *elements | *event]``.  ``[*dims | *elements]``"""
         if self.module is None:
-            predicted: Tensor = context.state(context.read(context.state.names), outcome)
-            return predicted
-        predicted = context.state(outcome, *context.read(self.inputs))
+            return in_units(context, context.state(context.read(context.state.names), outcome))
+        predicted: Tensor = context.state(outcome, *context.read(self.inputs))
         if predicted.shape[-1:] == (1,) and predicted.dim() > outcome.dim() - context.site.event_ndim:
             predicted = predicted.squeeze(-1)
-        return predicted
+        return in_units(context, predicted)
 
     def fit(self, context: SiteContext) -> None:
         """Adds the squared error of the prediction, which reaches its own parameters alone."""
         predicted = self.at(context, context.value)
-        context.add(((target_of(context, self, self.target).detach() - predicted) ** 2).mean())
+        context.add(misfit(context, target_of(context, self, self.target).detach(), predicted))
 
     def expected(self, context: SiteContext) -> Tensor:
         r"""``sum over v of p(v) q(v)``, with the gradient of ``p`` alone.  ``[*dims | *elements]``"""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scg.estimators.base import Reads, SiteContext, SiteInfo
 from scg.estimators.baselines import Baseline, RunningMean
-from scg.estimators.targets import MonteCarlo, Target, target_of
+from scg.estimators.targets import MonteCarlo, Target, in_units, misfit, target_of
 from scg.estimators.value_nets import ValueNet, WithTarget
 
 
@@ -53,7 +53,7 @@ class Learned(Baseline):
 
     def value(self, context: SiteContext) -> Tensor:
         predicted = self._predict(context)
-        context.add(((target_of(context, self, self.target) - predicted) ** 2).mean())
+        context.add(misfit(context, target_of(context, self, self.target), predicted))
         self.prediction(context)  # of the copy as it was, for the sites above
         if self.slow is not None and context.training:
             self._module(context).follow(self.slow)
@@ -70,12 +70,11 @@ class Learned(Baseline):
         if isinstance(module, WithTarget):
             module = module.slow if slow else module.online
         if self.module is None:
-            predicted: Tensor = module(context.read(module.names), context.value)
-            return predicted
-        predicted = module(*context.read(self.inputs))
+            return in_units(context, module(context.read(module.names), context.value))
+        predicted: Tensor = module(*context.read(self.inputs))
         if predicted.shape[-1:] == (1,) and predicted.dim() > len(context.site.element_shape):
             predicted = predicted.squeeze(-1)
-        return predicted
+        return in_units(context, predicted)
 
     def _module(self, context: SiteContext) -> Any:
         return context.state

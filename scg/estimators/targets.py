@@ -120,6 +120,25 @@ def target_of(context: SiteContext, predict: Predicts, target: Target) -> Tensor
     return context.signal + (error.movedim(axis, -1) @ table).movedim(-1, axis)
 
 
+def in_units(context: SiteContext, predicted: Tensor) -> Tensor:
+    """What a module predicts for each element, in units of the signal: along a discount, as if each came first."""
+    unit = _unit(context, predicted)
+    return predicted if unit is None else predicted * unit
+
+
+def misfit(context: SiteContext, target: Tensor, predicted: Tensor) -> Tensor:
+    """The mean squared error of what `in_units` returned, in units of the signal.  A scalar"""
+    error, unit = (target - predicted) ** 2, _unit(context, predicted)
+    if unit is not None:
+        error = error / unit.clamp(min=torch.finfo(unit.dtype).tiny)  # of what has no weight, nothing is predicted
+    return error.mean()
+
+
+def _unit(context: SiteContext, predicted: Tensor) -> Tensor | None:
+    elements = context.site.element_shape
+    return context.unit if predicted.shape[predicted.dim() - len(elements) :] == elements else None
+
+
 def _error(context: SiteContext, predict: Predicts) -> Tensor:
     """``V - Q``, of full size along the elements.  ``[*dims | *elements]``"""
     error = predict.prediction(context) - context.signal

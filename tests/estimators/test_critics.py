@@ -388,14 +388,19 @@ def test_the_small_network_learns_the_expected_cost_of_its_context() -> None:
 class Rollout(nn.Module):
     """Logged actions ``[B, T]`` with rewards after them."""
 
-    def __init__(self) -> None:
+    def __init__(self, discount: float = 1.0, *, loop: bool = False) -> None:
         super().__init__()
         self.net = nn.Linear(1, 3, dtype=torch.float64)
+        self.discount, self.loop = discount, loop
 
     def forward(self, state: Tensor, action: Tensor, reward: Tensor) -> Tensor:
         a = scg.sample(Categorical(logits=self.net(state)), "a", value=action)
         reward = scg.depends(reward, on=a, dims=("tied", "causal"))
-        return -reward.sum(-1).mean()
+        if self.loop:
+            steps = range(reward.shape[-1])
+            return -torch.stack([self.discount**t * scg.cost(reward[:, t], f"r{t}").mean() for t in steps]).sum()
+        discounts = self.discount ** torch.arange(reward.shape[-1], dtype=torch.float64)
+        return -(scg.cost(reward, "reward") * discounts).sum(-1).mean()
 
 
 class Value(nn.Module):
@@ -412,9 +417,11 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(4, 5, 1).double(), torch.randint(3, (4, 5)), torch.randn(4, 5).double()
 
 
+@pytest.mark.parametrize(("discount", "loop"), [(1.0, False), (0.7, False), (0.7, True)])
 @pytest.mark.parametrize("target", [MonteCarlo(), TD(1), TD(3), TDLambda(0.9)], ids=str)
-def test_bootstrapping_along_a_causal_dim(target: Target) -> None:
-    model, value = Rollout(), Value()
+def test_bootstrapping_along_a_causal_dim(target: Target, discount: float, loop: bool) -> None:
+    """A value of a state speaks of what follows as if the state came first, with a discount too, however written."""
+    model, value = Rollout(discount, loop=loop), Value()
     state, action, reward = _batch()
     estimator = ActorCritic(Learned(value, inputs=("state",), target=target))
     compiled = scg.compile(model, estimator=estimator, example_inputs=(state, action, reward))
@@ -423,11 +430,42 @@ def test_bootstrapping_along_a_causal_dim(target: Target) -> None:
 
     predicted = value(state)[..., 0]
     fixed = predicted.detach()
-    wanted = torch.stack([torch.stack(returns(target, list(-reward[b]), list(fixed[b]))) for b in range(4)])  # [B, T]
+    weight = discount ** torch.arange(5, dtype=torch.float64)
+    wanted = torch.stack([torch.stack(returns(target, list(-reward[b]), list(fixed[b]), discount)) for b in range(4)])
     log_p = Categorical(logits=model.net(state)).log_prob(action)
-    by_hand = ((wanted - fixed) * log_p).sum(-1).mean() + ((wanted - predicted) ** 2).mean() / 4
+    by_hand = (weight * (wanted - fixed) * log_p).sum(-1).mean() + (weight * (wanted - predicted) ** 2).mean() / 4
     for a, b in zip(got, torch.autograd.grad(by_hand, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+class Weighed(nn.Module):
+    """A cost for each of ``[B, T]`` actions, weighed by its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1, dtype=torch.float64)
+        self.weight = torch.tensor([1.0, 0.5, 2.0, 0.0, 3.0], dtype=torch.float64)
+
+    def forward(self, state: Tensor) -> Tensor:
+        z = scg.sample(Bernoulli(logits=self.net(state)[..., 0]), "z")
+        return (scg.cost((z - 0.3) ** 2, "cost") * self.weight).sum(-1).mean()
+
+
+def test_a_prediction_is_in_units_of_what_its_element_is_credited_with() -> None:
+    """The module speaks of the cost itself, whatever it weighs; where it weighs nothing, of nothing."""
+    model, value = Weighed(), Value()
+    state = _batch()[0]
+    compiled = scg.compile(model, estimator=ScoreFunction(baseline=Learned(value)), example_inputs=(state,))
+    torch.manual_seed(3)
+    got = torch.autograd.grad(compiled(state), [*model.parameters(), *value.parameters()])
+    torch.manual_seed(3)
+    z = torch.bernoulli(torch.sigmoid(model.net(state)[..., 0]).detach())
+    cost, predicted = (z - 0.3) ** 2, value(state)[..., 0]
+    score = Bernoulli(logits=model.net(state)[..., 0]).log_prob(z)
+    gain = (cost - predicted).detach() * score * model.weight / 4
+    fit = (model.weight / 4 * (cost - predicted) ** 2).mean()
+    want = torch.autograd.grad(gain.sum() + fit, [*model.parameters(), *value.parameters()])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 class Answers(nn.Module):
