@@ -1,7 +1,8 @@
-"""What each step of credit assignment is worth: the variance of the gradient on a chain of 20 coins with a cost each.
+"""What each step of credit assignment is worth: the variance of the gradient on 20 decisions with a cost each.
 
 From the total cost to the cost-to-go, to what may be taken from it: a moving average, a value function, a critic that
-sees the outcome as well. The learned parts read the sufficient context that the compiler finds: the coin before.
+sees the decision as well; and to lambda-returns, which are biased as far as the value function is wrong. The learned
+parts read the sufficient context that the compiler finds: of all that came before, the state alone.
 """
 
 from __future__ import annotations
@@ -12,24 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli
+from torch.distributions import Bernoulli, Normal
 from tqdm import trange
 
 import scg
+from scg.estimators.actor_critic import ActorCritic
 from scg.estimators.critic import Critic
+from scg.estimators.learned import Learned
 from scg.estimators.score_function import ScoreFunction
+from scg.estimators.targets import TDLambda
 
 
 class Chain(nn.Module):
+    """A state that decisions push to and fro, with some noise; it should stay near zero."""
+
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.linspace(-0.5, 0.5, steps))
+        self.logits = nn.Parameter(torch.zeros(steps))
 
     def forward(self) -> Tensor:
-        z, total = torch.zeros(()), torch.zeros(())
+        x, total = scg.sample(Normal(torch.zeros(()), 1.5), "start"), torch.zeros(())
         for t, logit in enumerate(self.logits):
-            z = scg.sample(Bernoulli(logits=logit + 4 * z - 2), f"z_{t}")
-            total = total + scg.cost((z - 0.3) ** 2, f"cost_{t}")
+            push = scg.sample(Bernoulli(logits=logit - x), f"push_{t}")
+            x = scg.sample(Normal(0.95 * x + push - 0.5, 0.1), f"x_{t}")
+            total = total + scg.cost(0.1 * x**2, f"cost_{t}")
         return total
 
 
@@ -39,23 +46,25 @@ RUNGS: dict[str, tuple[Any, str]] = {
     "cost-to-go": (PLAIN, "element"),
     "less a moving average": (ScoreFunction(baseline="moving_average"), "element"),
     "less a value function": (ScoreFunction(baseline="learned"), "element"),
-    "with a critic": (Critic(), "element"),
+    "less a critic": (Critic(), "element"),
+    "lambda-returns (biased)": (ActorCritic(Learned(target=TDLambda(0.8))), "element"),
 }
-"""Name -> (estimator, credit): each one unbiased, each one step further."""
+"""Name -> (estimator of the decisions, credit): each one step further."""
 
 
 def variances(estimator: Any, credit: str, *, steps: int, training: int, n: int) -> Tensor:
-    """Of the gradient in the logit of each step, once averages and learned parts have seen enough.  ``[steps]``"""
+    """Of the gradient in the logit of each step, once learned parts have seen enough.  ``[steps]``"""
     torch.manual_seed(0)
     chain = Chain(steps)
 
     def compiled(samples: int) -> scg.CompiledModule:
-        return scg.compile(chain, estimator=estimator, credit=credit, samples=samples, example_inputs=())
+        chosen = {"push_*": estimator}
+        return scg.compile(chain, estimators=chosen, credit=credit, samples=samples, example_inputs=())
 
     taught = compiled(16)
     learned = list(taught.estimator_parameters())
-    optimizer = torch.optim.Adam(learned, lr=1e-2) if learned else None
-    for _ in trange(training, desc="training", leave=False):
+    optimizer = torch.optim.Adam(learned, lr=2e-2) if learned else None
+    for _ in trange(training, desc="training", leave=False, disable=None):
         objective = taught()  # moving averages move with every call
         if optimizer is not None:
             optimizer.zero_grad()
@@ -66,7 +75,7 @@ def variances(estimator: Any, credit: str, *, steps: int, training: int, n: int)
     return scg.gradient_samples(loss, n=n)["logits"].var(0)
 
 
-COLOURS = ("#777777", "#2b7fc4", "#c4682b", "#2b9a6e", "#b0559b")
+COLOURS = ("#808080", "#2b7fc4", "#c4682b", "#2b9a6e", "#b0559b", "#9a7d1a")
 """Seen on white and on black alike."""
 
 
@@ -87,9 +96,10 @@ def plot(found: dict[str, Tensor], path: Path) -> None:
         whole.bar_label(bars, [f"{value:.3g}" for value in sums], padding=3)
         whole.set(xscale="log", xlim=(min(sums) / 2, 3 * max(sums)), title="variance of the gradient, all steps")
         whole.invert_yaxis()
-        for (name, values), colour, marker in zip(found.items(), COLOURS, "sov^D", strict=True):
+        for (name, values), colour, marker in zip(found.items(), COLOURS, "sov^DX", strict=True):
             each.plot(values, color=colour, marker=marker, markersize=4, linewidth=1, label=name)
         each.set(yscale="log", xlabel="step", title="of each step's logit")
+        each.legend(fontsize="x-small", frameon=False, loc="lower left")
         each.xaxis.get_major_locator().set_params(integer=True)
         for axes in (whole, each):
             axes.set_facecolor("none")
@@ -102,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke-test", action="store_true")
     args = parser.parse_args()
-    steps, training, n = (4, 3, 10) if args.smoke_test else (args.steps, 400, 1000)
+    steps, training, n = (4, 3, 10) if args.smoke_test else (args.steps, 600, 1000)
     found = {}
     for name, (estimator, credit) in RUNGS.items():
         found[name] = variances(estimator, credit, steps=steps, training=training, n=n)
