@@ -64,6 +64,7 @@ class SampleDims:
 
     def __init__(self, dims: Iterable[SampleDim] = ()) -> None:
         self.table = {dim.name: dim for dim in sorted(dims, key=lambda dim: dim.order)}
+        self._place = {name: place for place, name in enumerate(self.table)}
 
     def __getitem__(self, name: str) -> SampleDim:
         return self.table[name]
@@ -77,7 +78,7 @@ class SampleDims:
     def union(self, *groups: Sequence[str]) -> tuple[str, ...]:
         """The dims of all groups, in layout order."""
         wanted = set(itertools.chain.from_iterable(groups))
-        return tuple(name for name in self.table if name in wanted)
+        return tuple(sorted(wanted & self._place.keys(), key=self._place.__getitem__))
 
     def align(self, value: Batched, dims: Sequence[str], ndim: int | None = None, *, full: bool = False) -> Tensor:
         """``value`` as ``[*dims | 1… | *S]``: size 1 for dims it lacks (expanded if ``full``), rank padded to ``ndim``.

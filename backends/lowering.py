@@ -104,8 +104,7 @@ class Interpreter:
         scored = [s for s in graph.of(Sample) if isinstance(s.estimator, ScoreEstimator)]
         self.frames = frames(graph, found)
         """The sequences of sites, by name."""
-        alone = [site for site in (*enumerated, *scored) if not site.sequence]
-        self.joined = {site.name: joined_dims(graph, found, site) for site in alone}
+        self.joined = joined_dims(graph, found)
         for frame in self.frames.values():
             self.joined.update(frame.joined)
         self.supports = {site.name: finite_support(graph, self.dist_node(site.dist)) for site in (*enumerated, *scored)}

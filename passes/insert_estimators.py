@@ -13,18 +13,20 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from scg.analysis.bounds import doubly_break
 from scg.analysis.factors import elimination_plan
 from scg.analysis.influence import Influence, influence
+from scg.analysis.reach import Reach
 from scg.analysis.smoothness import Smoothness, smoothness
 from scg.analysis.support import finite_support, moving_bound
 from scg.errors import EstimatorError
 from scg.estimators import ESTIMATORS, Estimator, get_estimator
 from scg.estimators.base import EnumeratingEstimator, PathwiseEstimator, SiteInfo
 from scg.estimators.enumerate_ import Enumerate
-from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, meeting, own_dims, rerun_break
+from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, meeting, own_dims, rerun_breaks
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Bound, Cost, Depends, Dist, Graph, Input, LogProb, Marginal, Node, Op, Param, Sample, TensorType
 from scg.operations import is_linear
@@ -109,6 +111,14 @@ class _Choice:
         self._costs_of: dict[str, list[str]] = {}
         for name, cost in graph.credit:
             self._costs_of.setdefault(name, []).append(cost)
+        self.reach = Reach(graph, [site.name for site in graph.of(Sample)])
+        self.joined = joined_dims(graph, self.found)
+        self.rerun_breaks = rerun_breaks(graph)
+        self.log_probs: dict[tuple[str, str], list[str]] = {}
+        """Log densities by distribution and value."""
+        for node in graph.of(LogProb):
+            self.log_probs.setdefault((node.dist, node.value), []).append(node.name)
+        self._infos: dict[str, SiteInfo] = {}
         self.summed = {str(site.node): node for node in graph.of(Marginal) for site in node.sites}
         """Sites inside of a marginal likelihood, and which."""
         self._made: dict[str, Estimator | None] = {}
@@ -307,10 +317,12 @@ class _Choice:
 
     def learns(self, site: Sample) -> bool:
         """Does any tensor upstream of the site's parameters ask for a gradient?"""
-        above = self.graph.ancestors(self.graph[site.dist].inputs)
-        return any(
-            node.requires_grad for node in map(self.graph.__getitem__, above) if isinstance(node, (Param, Input))
-        )
+        return site.dist in self._learned
+
+    @cached_property
+    def _learned(self) -> set[str]:
+        """Nodes computed from a tensor that asks for a gradient."""
+        return self.graph.descendants(node.name for node in self.graph.of(Param, Input) if node.requires_grad)
 
     def _fitting(self, info: SiteInfo, *, unbiased: bool = False) -> list[str]:
         names = []
@@ -328,9 +340,14 @@ class _Choice:
     # -- facts ----------------------------------------------------------------------------------------------------
     def info(self, site: Sample) -> SiteInfo:
         """What the estimators may know of ``site``."""
+        if site.name not in self._infos:
+            self._infos[site.name] = self._info(site)
+        return self._infos[site.name]
+
+    def _info(self, site: Sample) -> SiteInfo:
         dist = self.graph[site.dist]
         assert isinstance(dist, Dist)
-        support = finite_support(self.graph, dist)
+        support, joined = finite_support(self.graph, dist), self.joined[site.name]
         return SiteInfo(
             name=site.name,
             template=dist.template,
@@ -339,15 +356,15 @@ class _Choice:
             support=support,
             order=self.options.order,
             multisample=self._joins(site),
-            rows=None if support is None else enumeration_rows(self.graph, self.found, site, len(support)),
+            rows=None if support is None else enumeration_rows(site, len(support), joined),
             replayed=site.value is not None or self._declared(site),
             bound=moving_bound(self.graph, dist),
             pathwise_break=self._break(site),
             score_break=self._score_break(site),
             pathwise_only=self._pathwise_only(site),
-            joined=joined_dims(self.graph, self.found, site),
+            joined=joined,
             doubly_break=doubly_break(self.graph, self.found, self.smooth, site, self._credited(site)),
-            rerun_break=rerun_break(self.graph, site),
+            rerun_break=self.rerun_breaks.get(site.name),
             index_use=site.index_use or None,
             links=self._links(site),
             shares_costs=any(self.found.sites(cost) - {site.name} for cost in self._credited(site)),
@@ -385,7 +402,7 @@ class _Choice:
 
     def _break(self, site: Sample) -> str | None:
         costs = self._credited(site)
-        above = self.graph.ancestors(costs)
+        above = self.reach.above(costs)
         ends = [(self.graph[cost].label, cost) for cost in costs]  # type: ignore[attr-defined]
         ends += [(f"%{inner.name}", inner.dist) for inner in self.graph.of(Sample) if inner.name in above]
         for label, end in ends:
@@ -395,8 +412,10 @@ class _Choice:
 
     def _score_break(self, site: Sample) -> str | None:
         """Where the site's own log density leaves the sums that lead to the credited costs, if anywhere."""
+        found = set(self.log_probs.get((site.dist, site.name), ()))
+        if not found:
+            return None
         above = self.graph.ancestors(self._credited(site))
-        found = {p.name for p in self.graph.of(LogProb) if p.dist == site.dist and p.value == site.name}
         for node in self.graph:
             if node.name not in above or not found.intersection(node.inputs) or isinstance(node, Cost):
                 continue

@@ -494,7 +494,13 @@ class Graph:
 
     def of(self, *kinds: type[Node]) -> list[Any]:
         """The nodes of the given kinds, in order."""
-        return [node for node in self if isinstance(node, kinds)]
+        if kinds not in self._of:
+            self._of[kinds] = [node for node in self if isinstance(node, kinds)]
+        return list(self._of[kinds])
+
+    @cached_property
+    def _of(self) -> dict[tuple[type[Node], ...], list[Node]]:
+        return {}
 
     @cached_property
     def users(self) -> Mapping[str, tuple[str, ...]]:

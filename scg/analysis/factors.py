@@ -228,16 +228,17 @@ class _Space:
         self.shape = graph[str(node.value)].tensor.shape
         self.direct = _direct_sites(graph)
         sites = {site.name: site for site in summed}
-        below = [*leaves, *sites]
-        seen = {name for name in sites if any(found.relation(leaf, name) is not None for leaf in leaves)}
+        seen = frozenset().union(*(found.sites(leaf) for leaf in leaves))
         self.sites = {name: site for name, site in sites.items() if name in seen}
+        wide = {name: _wide_dims(site) for name, site in self.sites.items()}
         self.links = [
-            (name, dim, other, found.relation(other, name))
-            for name, site in self.sites.items()
-            for other in below
-            if other != name and found.relation(other, name) is not None
-            for dim in _wide_dims(site)
+            ((name, dim), other, relation.tied(dim))
+            for other in (*leaves, *sites)
+            for name, relation in found.related(other).items()
+            if other != name
+            for dim in wide.get(name, ())
         ]
+        """Element dims of sites, the nodes below them, and those nodes' dims that they are tied to."""
         self.joined: set[Dim] = set()
         """Element dims of sites whose elements' rows are joint."""
 
@@ -266,20 +267,17 @@ class _Space:
         before = -1
         while before != len(self.joined):
             before = len(self.joined)
-            for name, dim, other, relation in self.links:
-                assert relation is not None
-                tied = relation.tied(dim)
+            for dim, other, tied in self.links:
                 if tied is None or (other, tied) in self.joined or not self._is_element(other, tied):
-                    self.joined.add((name, dim))
+                    self.joined.add(dim)
         classes = _Classes()
         for name, factor in self.leaves.items():
-            for dim, axis in enumerate(factor.axes):
+            for place, axis in enumerate(factor.axes):
                 if axis is not None and axis >= 0:
-                    classes.join((name, dim), ("", axis))
-        for name, dim, other, relation in self.links:
-            assert relation is not None
-            if (name, dim) not in self.joined:
-                classes.join((name, dim), (other, relation.tied(dim) or 0))
+                    classes.join((name, place), ("", axis))
+        for dim, other, tied in self.links:
+            if dim not in self.joined:
+                classes.join(dim, (other, tied or 0))
         return classes
 
     def _is_element(self, name: str, dim: int) -> bool:

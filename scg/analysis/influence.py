@@ -182,6 +182,17 @@ class Influence:
         states = self._only(node)
         return {name: relation for name, bit in self._bits.items() for relation, sites in states.items() if sites & bit}
 
+    def relations(self, nodes: Iterable[str]) -> dict[str, list[Relation]]:
+        """For each site, the different ways in which ``nodes`` (each one tensor), but itself, depend on it."""
+        sites_of: _States = {}
+        for node in nodes:
+            own = self._bits.get(node, 0)
+            for relation, sites in self._only(node).items():
+                sites_of[relation] = sites_of.get(relation, 0) | sites & ~own
+        return {
+            name: [relation for relation, sites in sites_of.items() if sites & bit] for name, bit in self._bits.items()
+        }
+
     def _only(self, node: str) -> _States:
         states = self._states.get(node, ())
         assert len(states) <= 1, f"%{node} has several outputs: ask about the nodes that take one"
@@ -365,12 +376,16 @@ class _Analysis:
 
     def _marginal(self, node: Marginal) -> _States:
         """What the value reads, but for the sites that are summed."""
-        if node.value is not None:
-            (states,) = self.states.get(node.value, ({},))
-        else:
-            (states,) = self._through(node, node.inputs, partial(_marginal, node), None)
         summed = sum(self.bits[s.name] for s in self.graph.of(Sample) if s.name in self.bits and node.sums(s))
-        return {relation: left for relation, sites in states.items() if (left := sites & ~summed)}
+        if node.value is not None:
+            return self._without(summed, node.value)
+        inputs = {ref: self._without(summed, ref) for ref in dict.fromkeys(node.inputs)}
+        (states,) = self._joined(node, inputs, partial(_marginal, node), None)
+        return states
+
+    def _without(self, sites: int, ref: Ref) -> _States:
+        (states,) = self.states.get(ref, ({},))
+        return {relation: left for relation, related in states.items() if (left := related & ~sites)}
 
     def _with_dist(self, node: Sample | LogProb) -> tuple[int, int]:
         return self.pool.identity(node), self.pool.identity(self._dist(node.dist))
@@ -407,11 +422,14 @@ class _Analysis:
     # -- groups of sites
     def _through(self, node: Node, refs: Iterable[Ref], rule: _Rule, key: Any) -> tuple[_States, ...]:
         """Applies ``rule`` once for each class of sites that have the same relations to all of ``refs``."""
-        distinct = tuple(dict.fromkeys(refs))
-        inputs = [self.states.get(ref, ({},)) for ref in distinct]
+        found = {ref: self.states.get(ref, ({},)) for ref in refs}
+        return self._joined(node, {ref: s[0] if len(s) == 1 else {} for ref, s in found.items()}, rule, key)
+
+    def _joined(self, node: Node, inputs: Mapping[Ref, _States], rule: _Rule, key: Any) -> tuple[_States, ...]:
+        distinct = tuple(inputs)
         shapes = _shapes(node)
         outputs: tuple[_States, ...] = tuple({} for _ in shapes)
-        for operands, sites in _classes([state[0] if len(state) == 1 else {} for state in inputs]):
+        for operands, sites in _classes(list(inputs.values())):
             extent = operands[0][1].extent
             per_dim = []
             for dim in range(len(extent)):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from scg.analysis.influence import Influence, influence
+from scg.analysis.reach import Reach
 from scg.analysis.support import finite_support
 from scg.estimators.base import EnumeratingEstimator, RowEstimator, ScoreEstimator
 from scg.ir import Cost, Depends, Dist, Graph, Marginal, Opaque, Sample
@@ -15,9 +16,8 @@ SAMPLES = "K"
 """Name of the sample dim of ``samples=K``."""
 
 
-def enumeration_rows(graph: Graph, found: Influence, site: Sample, support: int) -> int:
+def enumeration_rows(site: Sample, support: int, joined: Iterable[int]) -> int:
     """Rows that exact enumeration of ``site`` needs: support size to the power of its joined elements."""
-    joined = joined_dims(graph, found, site)
     shape = site.tensor.shape
     return int(support ** math.prod(shape[dim] for dim in joined))
 
@@ -27,14 +27,14 @@ def enumerated_rows(graph: Graph) -> dict[str, int]:
     sites = [site for site in graph.of(Sample) if _enumerated(site)]
     if not sites:
         return {}
-    found = influence(graph, [node.name for node in graph.of(Sample)])
+    joined = joined_dims(graph, influence(graph, [node.name for node in graph.of(Sample)]))
     rows = {}
     for site in sites:
         dist = graph[site.dist]
         assert isinstance(dist, Dist)
         support = finite_support(graph, dist)
         assert support is not None
-        rows[site.name] = enumeration_rows(graph, found, site, len(support))
+        rows[site.name] = enumeration_rows(site, len(support), joined[site.name])
     return rows
 
 
@@ -94,50 +94,55 @@ def meeting(graph: Graph, rows: Mapping[str, int]) -> Meeting:
     return Meeting(most, table, where)
 
 
-def joined_dims(graph: Graph, found: Influence, site: Sample) -> tuple[int, ...]:
-    """Element dims of ``site`` of which some cost or inner site sees more than one index at once.
+def joined_dims(graph: Graph, found: Influence) -> dict[str, tuple[int, ...]]:
+    """Of each site that ``found`` follows, the element dims of which some cost or draw sees several indices at once.
 
     Elements along the other dims may change in the same row: no cost element sees two of them.
     """
-    ndim = site.tensor.ndim - site.tensor.event_ndim
-    wide = {dim for dim in range(ndim) if site.tensor.shape[dim] > 1}
-    coarse = isinstance(site.estimator, ScoreEstimator)
-    summed = {str(other.node): axes for node in graph.of(Marginal) for other in node.sites for axes in [other.axes]}
-    joined = {dim for dim in wide if site.name in summed and summed[site.name][dim] is None}
-    for node in graph.of(Cost, Sample):
-        if joined == wide:
-            break
-        relation = found.relation(node.name, site.name)
-        if node.name == site.name or relation is None:
-            continue
-        # an inner draw of which some elements see no element of this site could not say with which one it is weighted
-        drawn = isinstance(node, Sample) and not _enumerated(node) and node.name not in summed
-        if drawn and bool(relation.empty.any()):
+    summed = {str(other.node): other.axes for node in graph.of(Marginal) for other in node.sites}
+    nodes = graph.of(Cost, Sample)
+    drawn = [n.name for n in nodes if isinstance(n, Sample) and not _enumerated(n) and n.name not in summed]
+    seen, drawn_from = found.relations(node.name for node in nodes), found.relations(drawn)
+    mixed: dict[str, set[int]] = {}
+    for (name, _), edge in graph.credit.items():
+        mixed.setdefault(name, set()).update(dim for dim, word in enumerate(edge.mixed) if word)
+    result = {}
+    for site in (graph[name] for name in found.sources):
+        ndim = site.tensor.ndim - site.tensor.event_ndim
+        wide = {dim for dim in range(ndim) if site.tensor.shape[dim] > 1}
+        joined = {dim for dim in wide if site.name in summed and summed[site.name][dim] is None}
+        joined |= {dim for dim in wide if not all(relation.pointlike(dim) for relation in seen[site.name])}
+        if isinstance(site, Sample) and isinstance(site.estimator, ScoreEstimator):
+            # coarse credit hands an element the costs of others too
+            joined |= wide & mixed.get(site.name, set())
+        # a draw of which some elements see no element of this site could not say with which one it is weighted
+        if any(bool(relation.empty.any()) for relation in drawn_from[site.name]):
             joined = wide
-            break
-        joined |= {dim for dim in wide - joined if not relation.pointlike(dim)}
-        edge = graph.credit.get((site.name, node.name)) if coarse else None
-        if edge is not None:  # coarse credit hands an element the costs of others too
-            joined |= {dim for dim, mixed in enumerate(edge.mixed) if mixed and dim in wide}
-    return tuple(sorted(joined))
+        result[site.name] = tuple(sorted(joined))
+    return result
 
 
 def _enumerated(site: Sample) -> bool:
     return isinstance(site.estimator, EnumeratingEstimator)
 
 
-def rerun_break(graph: Graph, site: Sample) -> str | None:
-    """Why the program below ``site`` cannot be evaluated at other outcomes, with the place."""
-    for name in graph.descendants([site.name]):
-        node = graph[name]
+def rerun_breaks(graph: Graph) -> dict[str, str]:
+    """Why the program below a site cannot be evaluated at other outcomes, with the place, for the sites where so."""
+    reach = Reach(graph, [site.name for site in graph.of(Sample)])
+    found: dict[str, str] = {}
+    for node in graph.of(Opaque, Sample, Depends):
         where = f" ({node.loc})" if node.loc else ""
         if isinstance(node, Opaque) and not node.pure:
-            return f"below it, {node.fn.__qualname__}{where} is stateful (pure=False) and cannot be called again"
-        if isinstance(node, Sample) and node.value is not None:
-            return f"below it, %{name}{where} is replayed: its outcome would not follow another draw"
-        if isinstance(node, Depends):
-            return f"below it, %{name}{where} declares a value that does not follow another draw"
-    return None
+            reason = f"below it, {node.fn.__qualname__}{where} is stateful (pure=False) and cannot be called again"
+        elif isinstance(node, Sample) and node.value is not None:
+            reason = f"below it, %{node.name}{where} is replayed: its outcome would not follow another draw"
+        elif isinstance(node, Depends):
+            reason = f"below it, %{node.name}{where} declares a value that does not follow another draw"
+        else:
+            continue
+        for name in reach.above([node.name]):
+            found.setdefault(name, reason)
+    return found
 
 
 def own_dims(site: Sample, samples: int) -> tuple[str, ...]:

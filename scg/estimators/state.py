@@ -17,6 +17,7 @@ def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
     """The state of every site that needs one, made where ``owner`` has none yet."""
     states: dict[str, nn.Module] = {}
     found: Influence | None = None
+    joined: dict[str, tuple[int, ...]] = {}
     along_batch = _BatchDims(graph)
     for site in graph.of(Sample):
         if site.estimator is None or not site.credits or site.row_dim != site.name:
@@ -25,7 +26,9 @@ def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
         if key not in owner:
             dist = graph[site.dist]
             assert isinstance(dist, Dist)
-            found = found or influence(graph)
+            if found is None:
+                found = influence(graph)
+                joined = joined_dims(graph, found)
             frame = frames(graph, found)[site.name] if site.sequence else None
             info = SiteInfo(
                 site.name,
@@ -33,7 +36,7 @@ def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
                 site.tensor.shape,
                 site.tensor.event_ndim,
                 support=finite_support(graph, dist),
-                joined=joined_dims(graph, found, site) if frame is None else frame.joined[site.name],
+                joined=joined[site.name] if frame is None else frame.joined[site.name],
                 length=0 if frame is None else frame.length,
                 context=context_values(graph, site),
             )
