@@ -106,11 +106,18 @@ class Elimination:
 
     def __call__(self, order: Sequence[str]) -> Batched:
         """The logarithm of the product summed over the sites in ``order``."""
-        for name in order:
-            group = [factor for factor in self.factors if name in factor.dims]
-            rest = [factor for factor in self.factors if name not in factor.dims]
-            self.factors = rest + [self._multiplied_up(factor) for factor in self._sum_out(name, group)]
-        return self._sum(self.factors)
+        place = {name: i for i, name in enumerate(order)}
+        buckets: list[list[LogFactor]] = [[] for _ in range(len(order) + 1)]
+
+        def put(factor: LogFactor) -> None:
+            buckets[min((place[dim] for dim in factor.dims if dim in place), default=-1)].append(factor)
+
+        for factor in self.factors:
+            put(factor)
+        for name, bucket in zip(order, buckets[:-1], strict=True):
+            for factor in self._sum_out(name, bucket):
+                put(self._multiplied_up(factor))
+        return self._sum(buckets[-1])
 
     def _multiplied_up(self, factor: LogFactor) -> LogFactor:
         """``factor`` multiplied up over the plates that none of its sites stands in."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import itertools
 import os
 import warnings
@@ -168,6 +169,10 @@ class CompiledModule(nn.Module):
 
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, torch_module.Program, History]:
         """Trace, passes, lowering."""
+        with _collector_paused():
+            return self._built(args, kwargs)
+
+    def _built(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, torch_module.Program, History]:
         options = self.options
         graph = trace_graph(self._callable, args, kwargs)
         insert = InsertEstimators(
@@ -382,6 +387,18 @@ class _Bound:
         inputs = [leaves[position] for position in self.program.inputs]
         out = self.run(*inputs, *[table[key] for table, key in self.tables], *self.program.state)
         return torch_module.unflatten_outputs(self.graph.outputs, out)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """A long program makes so many objects at once that looking for garbage among them takes a tenth of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

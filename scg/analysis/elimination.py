@@ -9,6 +9,7 @@ is multiplied up over the plate (Obermeyer et al. 2019). The order is greedy: le
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -94,32 +95,43 @@ class _Run:
         self.met = networkx.Graph()
         self.met.add_nodes_from(inside)
         self.factors: dict[str, list[Scope]] = {name: [] for name in inside}
+        self._queue: list[tuple[int, int, str]] = []
+        """By fill-in, then in program order; outdated entries are passed over."""
         self._fill: dict[str, int] = {}
+        self._stale: set[str] = set(inside)
+        """Variables whose fill-in is to be counted anew."""
 
     def add(self, scope: Scope) -> None:
         scope = reduced(scope, self.inside)
         for name in scope.rows:
             self.factors[name].append(scope)
         self.met.add_edges_from(itertools.combinations(scope.rows, 2))
-        for name in scope.rows:
-            for other in (name, *self.met.neighbors(name)):
-                self._fill.pop(other, None)
+        self._stale.update(scope.rows, *(self.met.neighbors(name) for name in scope.rows))
 
     def next(self) -> str:
-        ready = [name for name in self.met.nodes if self._is_ready(name)]
-        if not ready:
+        for name in self._stale & self.met.nodes:
+            self._fill[name] = self._fill_in(name)
+            heapq.heappush(self._queue, (self._fill[name], self.place[name], name))
+        self._stale = set()
+        waiting = []
+        while self._queue:
+            fill, _, name = entry = heapq.heappop(self._queue)
+            if name in self.met and fill == self._fill[name]:
+                if self._is_ready(name):
+                    break
+                waiting.append(entry)
+        else:
             raise Intractable(max(self.met.nodes, key=lambda name: len(self.inside[name])))
-        found: str = min(ready, key=lambda name: (self._fill_in(name), self.place[name]))
-        return found
+        for entry in waiting:
+            heapq.heappush(self._queue, entry)
+        return name
 
     def _is_ready(self, name: str) -> bool:
         return all(scope.axes & self.plates <= self.inside[name] for scope in self.factors[name])
 
     def _fill_in(self, name: str) -> int:
-        if name not in self._fill:
-            pairs = itertools.combinations(self.met.neighbors(name), 2)
-            self._fill[name] = sum(not self.met.has_edge(a, b) for a, b in pairs)
-        return self._fill[name]
+        pairs = itertools.combinations(self.met.neighbors(name), 2)
+        return sum(not self.met.has_edge(a, b) for a, b in pairs)
 
     def sum_out(self, name: str) -> Scope:
         """Takes ``name`` out; the scope of the table that it was summed in."""
@@ -129,10 +141,9 @@ class _Run:
             frozenset().union(*(scope.axes for scope in group)),
         )
         for other in self.met.neighbors(name):
-            self._fill.pop(other, None)
+            self._stale.add(other)
             self.factors[other] = [scope for scope in self.factors[other] if name not in scope.rows]
         self.met.remove_node(name)
-        self._fill.pop(name, None)
         self.add(Scope(table.rows - {name}, table.axes))
         return table
 
