@@ -727,6 +727,11 @@ def _gather(call: Call) -> Any:
 
 def _index_select(call: Call) -> Any:
     x, dim, index = call.args
+    if index.dims and not x.dims and x.ndim:
+        place = dim % x.ndim
+        found = x.tensor[(*[slice(None)] * place, call.tensor(index, 1))]  # [*S before dim, *dims, n, *S behind it]
+        lead = range(len(index.dims))
+        return Batched(found.movedim([place + i for i in lead], [*lead]) if place else found, index.dims)
     if index.dims:
         raise NoRule
     if x.ndim == 0:  # by the index 0 alone

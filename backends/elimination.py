@@ -1,10 +1,11 @@
 """Sums of products in log space: factors become messages, one variable at a time.
 
     a_t(z_t)     = log p(x_t | z_t) + m_t(z_t)
-    m_t+1(z_t+1) = log sum_z_t exp(a_t(z_t) - c_t) p(z_t+1 | z_t),     c_t = max a_t, added up on its own
+    m_t+1(z_t+1) = log sum_z_t softmax(a_t)(z_t) p(z_t+1 | z_t),     log sum exp a_t is added up on its own
 
-A sum of two tables that share just the variable to be summed is one matrix product of their exponentials, shifted by
-their maxima: what lies more than 87 nats (708 in float64) below the largest term of such a sum counts as impossible.
+A sum of two tables that share just the variable to be summed is one matrix product of their exponentials. One of them
+is scaled to sum to 1: one call forward and one backward. What lies more than 87 nats (708 in float64) below the largest
+term of such a sum counts as impossible.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +49,10 @@ def log_marginal(
     for factor, value in zip(node.factors, values, strict=True):
         tensor = summed_along(_narrowed(value, factor.axes, len(shape)), factor.axes, ndim, lead=len(value.dims))
         tensor = tensor if factor.scale == -1.0 else tensor * -factor.scale
-        tensor = torch.clamp_min(tensor, _barred(tensor))  # the data may be impossible, the maximum is still finite
-        factors.append(LogFactor(Batched(tensor, value.dims)))
+        factors.append(LogFactor(Batched(_clamped(tensor), value.dims)))
     for site, weight in zip(node.sites, weights, strict=True):
         tensor = summed_along(_narrowed(weight, site.axes, len(shape)), site.axes, ndim, lead=len(weight.dims))
-        factors.append(LogFactor(Batched(tensor, weight.dims), bounded=True))
+        factors.append(LogFactor(Batched(tensor, weight.dims), site=site.node))
     found = Elimination(dims, plates_of(node), factors, order)(sequence)
     lead = found.tensor.shape[: len(found.dims)]
     total = torch.threshold(found.tensor, _barred(found.tensor) / 2, -math.inf)
@@ -61,6 +62,11 @@ def log_marginal(
 def _barred(tensor: Tensor) -> float:
     """The logarithm that stands for no chance at all: many of them can be added up."""
     return float(torch.finfo(tensor.dtype).min) * 1e-8
+
+
+def _clamped(tensor: Tensor) -> Tensor:
+    """``tensor`` without -inf: the data may be impossible, the logarithm of a sum still has a gradient."""
+    return torch.clamp_min(tensor, _barred(tensor))
 
 
 def _narrowed(value: Batched, axes: Sequence[int | None], ndim: int) -> Tensor:
@@ -77,10 +83,15 @@ class LogFactor:
     """A table of logarithms ``[*dims | *index space]``, of size 1 along axes where it does not vary."""
 
     value: Batched
-    bounded: bool = False
-    """Whether its entries are log probabilities: at most zero, and not all far below."""
+    site: str = ""
+    """The site whose log probabilities given the others it holds: at most zero, and not all far below."""
     message: bool = False
     """Whether it is what a site has left behind."""
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether entries may be -inf; those of all others are finite."""
+        return bool(self.site) or self.message
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -103,6 +114,8 @@ class Elimination:
         self.dims, self.inside, self.sums = dims, inside, _Sums(order)
         self.plates = frozenset().union(*inside.values())
         self.factors = [self._multiplied_up(factor) for factor in factors]
+        self.last: list[tuple[Batched, int]] = []
+        """Tables and the axes of their rows: the logarithms of their sums are factors that no site is left in."""
 
     def __call__(self, order: Sequence[str]) -> Batched:
         """The logarithm of the product summed over the sites in ``order``."""
@@ -117,7 +130,7 @@ class Elimination:
         for name, bucket in zip(order, buckets[:-1], strict=True):
             for factor in self._sum_out(name, bucket):
                 put(self._multiplied_up(factor))
-        return self._sum(buckets[-1])
+        return self._sum([*buckets[-1], *self._last()])
 
     def _multiplied_up(self, factor: LogFactor) -> LogFactor:
         """``factor`` multiplied up over the plates that none of its sites stands in."""
@@ -127,53 +140,86 @@ class Elimination:
         gone = [lead + axis for axis in sorted(self.plates - held) if value.shape[axis] > 1]
         if not gone:
             return factor
-        return LogFactor(Batched(value.tensor.sum(gone, keepdim=True), value.dims), message=factor.message)
+        total = value.tensor.sum(gone, keepdim=True)
+        total = _clamped(total) if factor.has_holes else total
+        return LogFactor(Batched(total, value.dims), message=factor.message)
 
     def _sum_out(self, name: str, group: Sequence[LogFactor]) -> list[LogFactor]:
         beyond = [{dim for dim in factor.dims if dim in self.inside and dim != name} for factor in group]
         for widest in sorted(filter(None, beyond), key=len, reverse=True):
             right = [factor for factor, rows in zip(group, beyond, strict=True) if rows and rows <= widest]
             left = [factor for factor, rows in zip(group, beyond, strict=True) if not rows or not rows <= widest]
-            known = any(
-                factor.bounded or factor.message for factor in left
-            )  # else an impossible row may be the largest
+            # else an impossible row may be the largest
+            known = any(factor.has_holes for factor in left)
             if known and not widest.intersection(*[{dim for factor in left for dim in factor.dims}]):
-                bounded = all(factor.bounded for factor in right)
-                return self._product(name, self._sum(left), LogFactor(self._sum(right), bounded), widest)
-        return self._summed(name, self._sum(group))
+                return self._product(name, self._finite(left, name), right, widest)
+        return [LogFactor(self._log_sum(self._finite(group, name), name), message=True)]
 
-    def _summed(self, name: str, table: Batched) -> list[LogFactor]:
+    def _finite(self, factors: Sequence[LogFactor], name: str) -> Batched:
+        """The sum of tables, with an entry above -inf among the rows of ``name`` wherever one looks."""
+        total, holes = self._sum(factors), [factor for factor in factors if factor.has_holes]
+        for factor in holes[:1]:
+            alone = factor.message and not self.inside.keys() & {*factor.dims} - {name}
+            if len(holes) == 1 and (factor.site == name or alone):
+                return total
+        return Batched(_clamped(total.tensor), total.dims) if holes else total
+
+    def _log_sum(self, table: Batched, name: str) -> Batched:
         """``log sum exp`` over the rows of ``name``."""
-        shifted, shift = self._shifted(table, name)
-        axis = table.dims.index(name)
         left = tuple(dim for dim in table.dims if dim != name)
-        message = self.sums.log(self.sums.exp(shifted.tensor).sum(axis), self.dims.size(name))
-        return [LogFactor(Batched(message, left), message=True), LogFactor(shift)]
+        return Batched(torch.logsumexp(table.tensor, table.dims.index(name)), left)
 
-    def _product(self, name: str, left: Batched, right: LogFactor, rows: set[str]) -> list[LogFactor]:
+    def _product(self, name: str, left: Batched, right: Sequence[LogFactor], rows: set[str]) -> list[LogFactor]:
         """As a matrix product ``[right's rows, name] @ [name, left's rows | index space]``."""
-        shifted, shift = self._shifted(left, name)
-        found = [LogFactor(shift)]
-        table = right.value
-        if not right.bounded:
-            table, top = self._shifted(table, name)
+        found = self._scale(left, name)
+        shares = Batched(left.tensor.softmax(left.dims.index(name)), left.dims)
+        table = self._sum(right)
+        if not all(factor.site for factor in right):
+            table, top = self._shifted(Batched(_clamped(table.tensor), table.dims), name)
             found.append(LogFactor(top))
         new = self.dims.union(tuple(rows))
         if set(table.dims) == {name, *rows} and all(size == 1 for size in table.shape):
             matrix = _arranged(
                 self.sums.exp(table.tensor).reshape(self.dims.sizes(table.dims)), table.dims, (*new, name)
             )
-            others = tuple(dim for dim in shifted.dims if dim != name)
-            columns = _arranged(shifted.tensor.exp(), shifted.dims, (name, *others))
+            others = tuple(dim for dim in shares.dims if dim != name)
+            columns = _arranged(shares.tensor, shares.dims, (name, *others))
             product = matrix.reshape([-1, matrix.shape[-1]]) @ columns.reshape([columns.shape[0], -1])
             product = product.reshape([*self.dims.sizes(new), *columns.shape[1:]])
         else:
-            others = tuple(dim for dim in self.dims.union(shifted.dims, table.dims) if dim not in {name, *rows})
-            product = self._batched_product(name, shifted, table, others, new)
+            others = tuple(dim for dim in self.dims.union(shares.dims, table.dims) if dim not in {name, *rows})
+            product = self._batched_product(name, shares, table, others, new)
         dims = (*new, *others)
         laid_out = self.dims.union(dims)
         message = self.sums.log(_arranged(product, dims, laid_out), self.dims.size(name))
+        if not all(factor.site in rows for factor in right):  # else it is a mean of distributions over the rows
+            message = _clamped(message)
         return [LogFactor(Batched(message, laid_out), message=True), *found]
+
+    def _scale(self, table: Batched, name: str) -> list[LogFactor]:
+        """What ``table`` sums to over the rows of ``name``; put off where nothing but the result depends on it."""
+        axis = table.dims.index(name)
+        size = table.tensor.shape[len(table.dims) :]
+        inner = any(dim in self.inside for dim in table.dims if dim != name)
+        if inner or any(size[axis] > 1 for axis in self.plates):
+            return [LogFactor(self._log_sum(table, name))]
+        self.last.append((table, axis))
+        return []
+
+    def _last(self) -> list[LogFactor]:
+        """What was put off, many of one shape in one call."""
+        groups: dict[Any, list[Batched]] = {}
+        for table, axis in self.last:
+            rest = tuple(dim for dim in table.dims if dim != table.dims[axis])
+            groups.setdefault((axis, rest, table.tensor.shape), []).append(table)
+        found = []
+        for (axis, rest, _), tables in groups.items():
+            if len(tables) >= MANY:
+                total = torch.stack([table.tensor for table in tables]).logsumexp(axis + 1).sum(0)
+                found.append(LogFactor(Batched(total, rest)))
+            else:
+                found += [LogFactor(self._log_sum(table, table.dims[axis])) for table in tables]
+        return found
 
     def _batched_product(
         self, name: str, left: Batched, right: Batched, others: tuple[str, ...], new: tuple[str, ...]
@@ -183,7 +229,7 @@ class Elimination:
         lead, inner = len(others), len(new) + 1
         ndim = left.tensor.dim()
         order = [*range(lead), *range(lead + inner, ndim), *range(lead, lead + inner)]
-        u = left.tensor.permute(order).exp()  # [*others, *index space, *new, name]
+        u = left.tensor.permute(order)  # [*others, *index space, *new, name]
         w = self.sums.exp(right.tensor.permute(order))
         u = u.flatten(-inner, -2) if inner > 2 else u
         w = w.flatten(-inner, -2) if inner > 2 else w

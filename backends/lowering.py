@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, OneHotCategorical, TransformedDistribution
+from torch.distributions import Categorical, Distribution, OneHotCategorical, TransformedDistribution
 from torch.distributions.constraints import Constraint
 
 from scg.analysis.factors import elimination_plan
@@ -363,7 +363,7 @@ class Interpreter:
             self._outcomes[key] = record_constant(make)
         outcomes = self._outcomes[key]
         value = Batched(outcomes.expand([-1, *shape]), (site.name,))
-        log_p = self.log_prob(site.dist, value, "")  # [*dims, R | *elements]
+        log_p = self._row_log_probs(site, value)  # [*dims, R | *elements]
         self._check(site, self.distribution(site.dist, self._param_dims(site.dist)))
         lead = len(log_p.dims)
         full = log_p.tensor.expand([*log_p.tensor.shape[:lead], *elements]) if log_p.shape != elements else log_p.tensor
@@ -372,6 +372,19 @@ class Interpreter:
         self.expectation.log_weights[site.name] = Batched(full, log_p.dims)
         self.expectation.weights[site.name] = Batched(full.exp(), log_p.dims)
         return value
+
+    def _row_log_probs(self, site: Sample, value: Batched) -> Batched:
+        """Log probabilities of the outcomes ``value``, ``[*dims, R | *B]``; all categories in order are a view."""
+        template = self.dist_node(site.dist).template
+        plain = template.cls in (Categorical, OneHotCategorical) and not site.sample_shape
+        if not plain or self.joined[site.name]:
+            return self.log_prob(site.dist, value, "")
+        params = self._param_dims(site.dist)
+        dist = self.distribution(site.dist, params)
+        assert isinstance(dist, (Categorical, OneHotCategorical))
+        logits: Tensor = dist.logits  # [*dims | *B, R]
+        dims = self.dims.union(params, value.dims)
+        return Batched(logits.movedim(-1, dims.index(site.name)), dims)
 
     def _check(self, site: Sample, dist: Distribution) -> None:
         if not self.debug:

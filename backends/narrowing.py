@@ -56,7 +56,8 @@ class Narrowing:
             return self._pointwise(func, args, kwargs)
         if name in _REDUCTIONS:
             return self._reduction(func, args, kwargs)
-        rule = {"__getitem__": self._index, "gather": self._gather, "reshape": self._reshape}.get(name)
+        rules = {"__getitem__": self._index, "gather": self._gather, "reshape": self._reshape, "movedim": self._movedim}
+        rule = rules.get(name)
         if rule is not None and not kwargs:
             return rule(func, args)
         if name in ("unsqueeze", "squeeze") and len(args) == 2 and not kwargs:
@@ -101,6 +102,14 @@ class Narrowing:
             return x  # type: ignore[no-any-return]
         shape = [*x.shape[:at], *x.shape[at + 1 :]] if squeezes else [*x.shape[:at], 1, *x.shape[at:]]
         return self._widened(self._call(func, self(x), dim), shape)
+
+    def _movedim(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
+        x, source, target = args
+        if not isinstance(source, int) or not isinstance(target, int):
+            return None
+        order = [dim for dim in range(x.dim()) if dim != source % x.dim()]
+        order.insert(target % x.dim(), source % x.dim())
+        return self._widened(self._call(func, self(x), source, target), [x.shape[dim] for dim in order])
 
     def _reshape(self, func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
         """Where nothing but dims of size 1 come or go."""

@@ -5,6 +5,7 @@ sum(-x)              ->  -sum(x)        the sum has fewer elements to negate, ba
 x.permute(0, 1, 2)   ->  x              likewise movedim that moves nothing
 torch.tensor([…])    ->  a constant     made once, not at every step
 ones_like(scalar)    ->  a constant     likewise, and what its argument needed goes
+t[[0, 1, …, n - 1]]  ->  t              every row in order, a view: the rows of an enumerated index
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Peephole:
         if name in _FILLED and first.dim() == 0 and not kwargs.get("requires_grad"):
             made = {key: kwargs.get(key) or getattr(first, key) for key in ("dtype", "device")}
             return self._table(torch.tensor, (_FILLED[name],), made)
+        if name == "__getitem__":
+            return self._all_rows(first, args[1])
         inner = self._negated.get(id(first))
         if inner is not None and name in _NEGATIONS:
             return inner
@@ -54,6 +57,22 @@ class Peephole:
         """Takes note of a call."""
         if name in _NEGATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self._negated[id(out)] = args[0]
+
+    def _all_rows(self, tensor: Tensor, index: Any) -> Tensor | None:
+        """A view of ``tensor`` where ``index`` counts through all of its rows."""
+        rows = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+        if not isinstance(rows, Tensor) or rows.dim() == 0 or tensor.dim() == 0 or rows.numel() != len(tensor):
+            return None
+        known = self._recorder.value_of(rows)
+        if known is None or known.dtype != torch.int64:
+            return None
+        from scg.backends.recorder import compile_time
+
+        with compile_time():
+            if known.flatten().tolist() != [*range(len(tensor))]:
+                return None
+        view: Tensor = self._recorder.call(torch.Tensor.reshape, tensor, (*rows.shape, *tensor.shape[1:]))
+        return view
 
     def _table(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         plain = all(isinstance(item, (int, float, bool, list, tuple)) for item in args)

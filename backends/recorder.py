@@ -139,6 +139,11 @@ class Recorder(TorchFunctionMode):
         self._alive.append(tensor)
         return fake
 
+    def value_of(self, fake: Tensor) -> Tensor | None:
+        """What a constant of the program holds; None of anything else."""
+        node = self._nodes.get(id(fake))
+        return self.constants[str(node.target)] if node is not None and node.op == "get_attr" else None
+
     def node(self, tensor: Tensor) -> fx.Node:
         """The fx node that holds ``tensor``."""
         found = self._nodes.get(id(tensor))

@@ -80,7 +80,7 @@ def _identity(node: Node, new: Rewriter) -> Any:
         case Param():
             tensor = new.graph.tensors[node.path]
             plain = tensor.dtype in (torch.float32, torch.float64, torch.int64) and tensor.device.type == "cpu"
-            if node.role == "constant" and plain and tensor.numel() <= _SMALL:
+            if node.role == "constant" and not node.requires_grad and plain and tensor.numel() <= _SMALL:
                 return Param, tensor.dtype, tensor.shape, tensor.detach().numpy().tobytes()
             return Param, id(tensor)
         case Dist():

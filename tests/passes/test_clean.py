@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli
 from torch.nn import functional as F
 
+import scg
 from scg.ir import Cost, Dist, Graph, LogProb, Node, Op, Opaque, Param, Ref, Sample, TensorType
 from scg.passes.clean import eliminate_dead_code, share
 from scg.template import flatten
@@ -97,6 +99,13 @@ def two_draws() -> Graph:
     return Graph(
         name="two_draws", nodes=table, objective=Ref("s"), outputs=Ref("s"), tensors={"l": logits}, tail=frozenset("s")
     )
+
+
+@pytest.mark.parametrize("other", [lambda: torch.zeros(2), lambda: torch.tensor([0.0, 0.0])])
+def test_a_tensor_that_learns_is_no_constant_of_its_value(other: Callable[[], Tensor]) -> None:
+    w, v = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    value = scg.compile(lambda: ((other() + w) * (3 + v)).sum())()
+    torch.testing.assert_close(torch.autograd.grad(value, [w, v]), (torch.full((2,), 3.0), torch.zeros(2)))
 
 
 def test_samples_are_never_merged_but_distributions_and_log_probabilities_are() -> None:
