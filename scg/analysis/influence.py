@@ -449,9 +449,7 @@ class _Analysis:
                     output[relation] = output.get(relation, 0) | sites
         return outputs
 
-    def _ranges(
-        self, node: Node, shapes: tuple[Shape, ...], rule: _Rule, operands: Mapping[Ref, _Range]
-    ) -> _Found:
+    def _ranges(self, node: Node, shapes: tuple[Shape, ...], rule: _Rule, operands: Mapping[Ref, _Range]) -> _Found:
         why = None
         lows, highs = ({ref: getattr(r, end) for ref, r in operands.items()} for end in ("low", "high"))
         try:
