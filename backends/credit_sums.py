@@ -27,6 +27,11 @@ def credit_max(tensor: Tensor, edge: CreditEdge, elements: tuple[int, ...]) -> T
     return _gather(tensor, 0, edge, elements, torch.amax, _max_of_boxes)
 
 
+def running_max(tensor: Tensor, edge: CreditEdge, elements: tuple[int, ...]) -> Tensor:
+    """As `credit_max`, step by step: no less than it."""
+    return _gather(tensor, 0, edge, elements, torch.amax, _bound_of_boxes)
+
+
 def _gather(
     tensor: Tensor,
     lead: int,
@@ -147,6 +152,15 @@ def _box_matrix(lo: list[Tensor], hi: list[Tensor], sizes: list[int]) -> Tensor:
         inside = (low[:, None] <= index) & (index <= high[:, None])  # [C, size]
         matrix = (matrix[:, :, None] & inside[:, None, :]).reshape(len(low), -1)
     return matrix
+
+
+def _bound_of_boxes(flat: Tensor, lo: list[Tensor], hi: list[Tensor], sizes: list[int]) -> Tensor:
+    """Along a causal dim a running maximum from its end, else the largest of all.  ``[*tied, prod(sizes)]``"""
+    with compile_time():
+        causal = len(sizes) == 1 and not bool(lo[0].any()) and hi[0].tolist() == list(range(sizes[0]))
+    if causal:
+        return flat.flip(-1).cummax(-1).values.flip(-1)
+    return flat.amax(-1, keepdim=True).expand([*flat.shape[:-1], math.prod(sizes)])
 
 
 def _difference_sum(flat: Tensor, lo: list[Tensor], hi: list[Tensor], sizes: list[int]) -> Tensor:

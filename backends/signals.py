@@ -10,8 +10,9 @@ from torch import Tensor
 
 from scg.backends.batching import Batched, SampleDims
 from scg.backends.coefficients import Coefficient
-from scg.backends.credit_sums import credit_max, credit_sum
+from scg.backends.credit_sums import credit_max, credit_sum, running_max
 from scg.backends.expectation import Expectation
+from scg.backends.recorder import compile_time, record_constant
 from scg.ir import Bound, Cost, CreditEdge, Graph, Sample
 
 
@@ -86,28 +87,36 @@ class Signals:
         return max(known) if known and len(known) == len(uniform) else 1.0
 
     def unit(self, site: Sample, scale: float) -> Tensor | None:
-        """For each element the largest coefficient of what it is credited with, ``scale`` taken out.  ``[*elements]``
+        """For each element the largest coefficient of what it is credited with, ``scale`` taken out; None for one.
 
-        Of compile time, of size 1 along dims where it does not vary. None where it is one all over, or not known yet.
+        Of size 1 along dims where it does not vary, if known when compiling.  ``[*elements]``
         """
-        elements = self._element_shape(site.name)
-        found: Tensor | None = None
-        for edge in self.edges(site):
-            if self.bound_of(edge.cost) is not None:
-                continue
-            coefficient = self.fixed.get(edge.cost)
-            if coefficient is None:
-                return None
-            shape = self.graph[edge.cost].tensor.shape
-            spread = torch.as_tensor(coefficient, dtype=torch.float64, device="cpu").abs().expand(shape)
-            largest = credit_max(spread, edge, elements) / scale
+        edges = [edge for edge in self.edges(site) if self.bound_of(edge.cost) is None]
+        if all(edge.cost in self.fixed for edge in edges):
+            with compile_time():
+                made = self._fixed_unit(site, edges, scale)
+            return None if made is None else record_constant(lambda: made)
+        elements, found = self._element_shape(site.name), None
+        for edge in edges:
+            coefficient = self.coefficients[edge.cost].tensor
+            assert coefficient is not None
+            largest = running_max(coefficient.detach().abs(), edge, elements)
+            found = largest if found is None else torch.maximum(found, largest)
+        return found
+
+    def _fixed_unit(self, site: Sample, edges: Sequence[CreditEdge], scale: float) -> Tensor | None:
+        elements, found = self._element_shape(site.name), None
+        for edge in edges:
+            node = self.graph[edge.cost].tensor
+            coefficient = torch.as_tensor(self.fixed[edge.cost], dtype=torch.float64, device="cpu")
+            largest = credit_max(coefficient.abs().expand(node.shape), edge, elements) / scale
             found = largest if found is None else torch.maximum(found, largest)
         if found is None or bool((found == 1).all()):
             return None
         for axis in range(found.dim()):
             if bool((found == found.narrow(axis, 0, 1)).all()):
                 found = found.narrow(axis, 0, 1)
-        return found
+        return found.to(node.dtype).to(node.device)
 
     def _running_sum(self, shape: tuple[int, ...], members: list[tuple[str, Tensor]]) -> Tensor:
         """The sum of the members, built on the largest sum made before: T rewards-to-go take T additions."""

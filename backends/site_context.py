@@ -53,12 +53,7 @@ class Context:
 
     @functools.cached_property
     def unit(self) -> Tensor | None:
-        with compile_time():
-            found = self._of.signals.unit(self._site, self.scale)
-        if found is None:
-            return None
-        dtype, device = self.signal.dtype, self.signal.device
-        return record_constant(lambda: found.to(dtype=dtype, device=device))
+        return self._of.signals.unit(self._site, self.scale)
 
     @functools.cached_property
     def log_prob(self) -> Tensor:

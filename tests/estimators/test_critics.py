@@ -438,6 +438,33 @@ def test_bootstrapping_along_a_causal_dim(target: Target, discount: float, loop:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_a_value_is_in_units_of_the_cost_under_a_mask() -> None:
+    """A masked mean of logged rewards: what its sum is divided by is left out, and what lies behind the end."""
+
+    class Masked(Rollout):
+        def forward(self, state: Tensor, action: Tensor, reward: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            a = scg.sample(Categorical(logits=self.net(state)), "a", value=action)
+            seen = scg.depends(reward, on=a, dims=("tied", "causal"))
+            return -(scg.cost(seen, "reward") * mask).sum() / mask.sum()
+
+    model, value = Masked(), Value()
+    state, action, reward = _batch()
+    mask = (torch.arange(5) < torch.tensor([[5], [2], [3], [1]])).double()
+    estimator = ActorCritic(Learned(value, inputs=("state",), target=TDLambda(0.9)))
+    compiled = scg.compile(
+        model, estimator=estimator, example_inputs=(state, action, reward, torch.ones(4, 5).double())
+    )
+    parameters = [*model.parameters(), *value.parameters()]
+    got = torch.autograd.grad(compiled(state, action, reward, mask), parameters)
+    predicted = value(state)[..., 0]
+    fixed, costs = predicted.detach() * mask, -reward * mask
+    wanted = torch.stack([torch.stack(returns(TDLambda(0.9), list(costs[b]), list(fixed[b]))) for b in range(4)])
+    score = Categorical(logits=model.net(state)).log_prob(action)
+    each = (wanted - fixed) * score + (wanted - predicted) ** 2 / 20  # the fit is a mean over elements
+    want = torch.autograd.grad((each * mask).sum() / mask.sum(), parameters)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
 class Weighed(nn.Module):
     """A cost for each of ``[B, T]`` actions, weighed by its place."""
 
