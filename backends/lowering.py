@@ -24,7 +24,7 @@ from torch.distributions.constraints import Constraint
 
 from scg.analysis.factors import elimination_plan
 from scg.analysis.influence import Influence, influence
-from scg.analysis.support import finite_support
+from scg.analysis.support import site_support
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape, stop_gradient
 from scg.backends.beams import Layout, Lineage, Rows
 from scg.backends.closed_form import closed_form
@@ -49,6 +49,7 @@ from scg.estimators.base import (
     RowEstimator,
     ScoreEstimator,
 )
+from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.frames import frames
 from scg.estimators.rows import SAMPLES, joined_dims, own_dims
 from scg.ir import (
@@ -107,7 +108,7 @@ class Interpreter:
         self.joined = joined_dims(graph, found)
         for frame in self.frames.values():
             self.joined.update(frame.joined)
-        self.supports = {site.name: finite_support(graph, self.dist_node(site.dist)) for site in (*enumerated, *scored)}
+        self.supports = {site.name: site_support(graph, site) for site in (*enumerated, *scored)}
         self.dims = SampleDims(self._sample_dims())
         self.batcher = Batcher(self.dims)
         layout = Layout(found, self.frames)
@@ -365,6 +366,8 @@ class Interpreter:
         value = Batched(outcomes.expand([-1, *shape]), (site.name,))
         log_p = self._row_log_probs(site, value)  # [*dims, R | *elements]
         self._check(site, self.distribution(site.dist, self._param_dims(site.dist)))
+        if isinstance(site.estimator, Enumerate) and site.estimator.bound is not None and not self._is_summed(site):
+            log_p = self._renormalized(site, log_p)
         lead = len(log_p.dims)
         full = log_p.tensor.expand([*log_p.tensor.shape[:lead], *elements]) if log_p.shape != elements else log_p.tensor
         if joined:
@@ -372,6 +375,16 @@ class Interpreter:
         self.expectation.log_weights[site.name] = Batched(full, log_p.dims)
         self.expectation.weights[site.name] = Batched(full.exp(), log_p.dims)
         return value
+
+    def _is_summed(self, site: Sample) -> bool:
+        return any(site.name == inner.node for node in self.graph.of(Marginal) for inner in node.sites)
+
+    def _renormalized(self, site: Sample, log_p: Batched) -> Batched:
+        """Log probabilities given that no element is beyond its bound: ``[*dims, R | *elements]``, each on its own."""
+        axis = log_p.dims.index(site.name)
+        repeats = self._support_rows(site) / len(self._support(site))  # of each outcome among the rows
+        total = log_p.tensor.logsumexp(axis, keepdim=True) - math.log(repeats)
+        return Batched(log_p.tensor - total, log_p.dims)
 
     def _row_log_probs(self, site: Sample, value: Batched) -> Batched:
         """Log probabilities of the outcomes ``value``, ``[*dims, R | *B]``; all categories in order are a view."""

@@ -148,11 +148,7 @@ class _Choice:
             fits = explicit.check(info)
             if not fits:
                 raise self._misfit(site, explicit, fits.reason, info)
-            if not explicit.unbiased and options.allow_biased is False:
-                raise EstimatorError(
-                    f"%{site.name} ({site.loc}): {explicit.name!r} is biased and allow_biased=False was given; "
-                    f"unbiased and fitting: {', '.join(self._fitting(info, unbiased=True))}"
-                )
+            self._check_bias(site, explicit, info)
             if info.multisample and not explicit.bounds:
                 raise self._misfit(site, explicit, "it does not know multi-sample bounds", info)
             if explicit.orders < options.order:
@@ -188,6 +184,7 @@ class _Choice:
                 f"%{site.name} (sample {info.family}, {site.loc}) cannot be summed over by {where}: {fits.reason}.\n"
                 f"  Name the sites to sum over with over=…, or use scg.multisample with draws."
             )
+        self._check_bias(site, estimator, info)
         return self._set(site, estimator, f"summed out in {where}")
 
     def check_marginals(self) -> None:
@@ -237,6 +234,13 @@ class _Choice:
         if met.table > TABLE_LIMIT:
             return f"a table of {met.table:.3g} joint probabilities would be needed, over {TABLE_LIMIT}"
         return None
+
+    def _check_bias(self, site: Sample, estimator: Estimator, info: SiteInfo) -> None:
+        if not estimator.unbiased and self.options.allow_biased is False:
+            raise EstimatorError(
+                f"%{site.name} ({site.loc}): {estimator.name!r} is biased and allow_biased=False was given; "
+                f"unbiased and fitting: {', '.join(self._fitting(info, unbiased=True))}"
+            )
 
     def _check_draws(self, site: Sample, estimator: Estimator) -> None:
         if not isinstance(estimator, ScoreFunction):
@@ -347,7 +351,9 @@ class _Choice:
     def _info(self, site: Sample) -> SiteInfo:
         dist = self.graph[site.dist]
         assert isinstance(dist, Dist)
-        support, joined = finite_support(self.graph, dist), self.joined[site.name]
+        requested = self._object(*self.options.request(site))
+        support = finite_support(self.graph, dist, getattr(requested, "bound", None))
+        joined = self.joined[site.name]
         return SiteInfo(
             name=site.name,
             template=dist.template,

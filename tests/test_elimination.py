@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Binomial, Categorical, Independent, Normal, OneHotCategorical
+from torch.distributions import (
+    Bernoulli, Binomial, Categorical, Distribution, Geometric, Independent, NegativeBinomial, Normal, OneHotCategorical,
+    Poisson,
+)  # fmt: skip
 
 import scg
 from tests.law2 import expected_estimate
@@ -355,3 +358,77 @@ def test_over_the_budget_an_explicit_request_is_an_error() -> None:
     logits = nn.Parameter(torch.zeros(20, dtype=F64))
     with pytest.raises(scg.EstimatorError, match="with the sites enumerated above it, .* rows would meet at"):
         scg.compile(lambda: _total(logits), estimator="enumerate", example_inputs=())
+
+
+# -- counts without a bound ----------------------------------------------------------------------------------------
+UP_TO = scg.ESTIMATORS["enumerate"]
+COUNTS: dict[str, Callable[[Tensor], Distribution]] = {
+    "poisson": lambda rate: Poisson(rate.exp()),
+    "geometric": lambda logit: Geometric(logits=logit),
+    "negative_binomial": lambda logit: NegativeBinomial(2.5, logits=logit),
+}
+
+
+def _rates() -> nn.Parameter:
+    return nn.Parameter(torch.tensor([-0.7, 0.2], dtype=F64))
+
+
+@pytest.mark.parametrize("law", COUNTS.values(), ids=COUNTS)
+def test_counts_up_to_a_bound_follow_their_truncated_distribution(law: Callable[[Tensor], Distribution]) -> None:
+    """Apart, and joined by one cost that sees both."""
+    rates, bound = _rates(), 4
+
+    def loss() -> Tensor:
+        n = law(rates).sample()
+        return ((n - 0.4) ** 2).sum() + 0.1 * n.sum() ** 3
+
+    v = torch.arange(bound + 1, dtype=F64)
+    p = law(rates.unsqueeze(-1)).log_prob(v).softmax(-1)  # [2, V]
+    joint = p[0].unsqueeze(-1) * p[1]
+    want = (p * (v - 0.4) ** 2).sum() + 0.1 * (joint * (v.unsqueeze(-1) + v) ** 3).sum()
+    value = scg.compile(loss, estimator=UP_TO(bound=bound))()
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(*(torch.autograd.grad(total, rates)[0] for total in (value, want)))
+
+
+def test_a_bound_far_out_gives_the_moments() -> None:
+    rates = _rates()
+    value = scg.compile(lambda: ((Poisson(rates.exp()).sample() - 0.4) ** 2).sum(), estimator=UP_TO(bound=40))()
+    want = (rates.exp() + (rates.exp() - 0.4) ** 2).sum()
+    torch.testing.assert_close(value, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(total, rates)[0] for total in (value, want)), rtol=1e-12, atol=0)
+
+
+def test_a_likelihood_leaves_out_the_terms_beyond_the_bound() -> None:
+    rates = _rates()
+    compiled = scg.compile(
+        lambda: scg.logmarginal(-Normal(Poisson(rates.exp()).sample(), 1.0).log_prob(X3[:2])).sum(),
+        estimators={"*": UP_TO(bound=4)},
+    )
+    v = torch.arange(5, dtype=F64)
+    terms = Poisson(rates.exp().unsqueeze(-1)).log_prob(v) + Normal(v, 1.0).log_prob(X3[:2].unsqueeze(-1))
+    value, want = compiled(), -terms.logsumexp(-1).sum()
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(*(torch.autograd.grad(total, rates)[0] for total in (value, want)))
+
+
+def test_what_a_bound_leaves_out_is_told() -> None:
+    rates = _rates()
+
+    def loss() -> Tensor:
+        return (Poisson(rates.exp()).sample() ** 2).sum()
+
+    assert "BIASED: counts beyond 7 are left out" in str(
+        scg.compile(loss, estimator=UP_TO(bound=7), example_inputs=()).explain()
+    )
+    refused: list[tuple[dict[str, object], str]] = [
+        ({"estimator": "enumerate"}, r"give it the last outcome to sum over.*bound=…"),
+        ({"estimator": UP_TO(bound=7), "allow_biased": False}, "'enumerate' is biased"),
+    ]
+    for options, message in refused:
+        with pytest.raises(scg.EstimatorError, match=message):
+            scg.compile(loss, example_inputs=(), **options)  # type: ignore[arg-type]
+    with pytest.raises(scg.EstimatorError, match="Bernoulli has a last outcome"):
+        scg.compile(lambda: Bernoulli(logits=rates).sample().sum(), estimator=UP_TO(bound=7), example_inputs=())
+    with pytest.raises(ValueError, match="bound=-1 must be at least 0"):
+        UP_TO(bound=-1)

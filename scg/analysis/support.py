@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Binomial, Categorical, OneHotCategorical
+from torch.distributions import (
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Geometric,
+    NegativeBinomial,
+    OneHotCategorical,
+    Poisson,
+)
 from torch.distributions.constraints import Constraint
 
-from scg.ir import Dist, Graph, Input, Param, Ref, TensorType
+from scg.ir import Dist, Graph, Input, Param, Ref, Sample, TensorType
 
 _MOVING = {"Uniform": ("low", "high"), "Pareto": ("scale",)}
 """Parameters that move the bounds of the support."""
 
 
-def finite_support(graph: Graph, dist: Dist) -> Tensor | None:
+UNBOUNDED_COUNTS = (Poisson, Geometric, NegativeBinomial)
+"""Distributions over 0, 1, 2, …, which can be summed over up to a bound."""
+
+
+def site_support(graph: Graph, site: Sample) -> Tensor | None:
+    """All outcomes of one element of a site that its estimator looks at."""
+    dist = graph[site.dist]
+    assert isinstance(dist, Dist)
+    return finite_support(graph, dist, getattr(site.estimator, "bound", None))
+
+
+def finite_support(graph: Graph, dist: Dist, bound: int | None = None) -> Tensor | None:
     """All outcomes of one element, ``[S, *event]``; None where they are infinite or not known at compile time.
+
+    Args:
+        bound: last outcome to look at of counts that have none.
 
     >>> # Categorical over 3 -> tensor([0, 1, 2]); OneHotCategorical over 2 -> tensor([[1., 0.], [0., 1.]])
     """
     template = dist.template
+    if bound is not None and issubclass(template.cls, UNBOUNDED_COUNTS):
+        return torch.arange(bound + 1, dtype=graph[dist.params[0]].tensor.dtype)
     if not template.has_enumerate_support or not dist.params:
         return None
     first = graph[dist.params[0]].type

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from scg.analysis.influence import Influence, influence
 from scg.analysis.reach import Reach
-from scg.analysis.support import finite_support
+from scg.analysis.support import site_support
 from scg.estimators.base import EnumeratingEstimator, RowEstimator, ScoreEstimator
-from scg.ir import Cost, Depends, Dist, Graph, Marginal, Opaque, Sample
+from scg.ir import Cost, Depends, Graph, Marginal, Opaque, Sample
 
 SAMPLES = "K"
 """Name of the sample dim of ``samples=K``."""
@@ -30,9 +30,7 @@ def enumerated_rows(graph: Graph) -> dict[str, int]:
     joined = joined_dims(graph, influence(graph, [node.name for node in graph.of(Sample)]))
     rows = {}
     for site in sites:
-        dist = graph[site.dist]
-        assert isinstance(dist, Dist)
-        support = finite_support(graph, dist)
+        support = site_support(graph, site)
         assert support is not None
         rows[site.name] = enumeration_rows(site, len(support), joined[site.name])
     return rows
