@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import (
-    Bernoulli, Binomial, Categorical, Distribution, Geometric, Independent, NegativeBinomial, Normal, OneHotCategorical,
+    Bernoulli,
+    Binomial,
+    Categorical,
+    Distribution,
+    Geometric,
+    Independent,
+    NegativeBinomial,
+    Normal,
+    OneHotCategorical,
     Poisson,
 )  # fmt: skip
 
