@@ -13,7 +13,7 @@ from scg.estimators.actor_critic import scored
 from scg.estimators.base import Predicts, Reads, ScoreEstimator, SiteContext, SiteInfo, Support
 from scg.estimators.rerun import sum_like
 from scg.estimators.targets import MonteCarlo, Target, in_units, misfit, target_of
-from scg.estimators.value_nets import ValueNet
+from scg.estimators.value_nets import ValueNet, WithTarget, check_decay
 
 _WITH_CDF = (Normal, Laplace, Exponential, Cauchy, Gumbel, LogNormal, Weibull)
 
@@ -26,6 +26,11 @@ class LearnedCritic(ScoreEstimator):
     inputs: tuple[str, ...] | None = None
     target: Target = MonteCarlo()
     hidden: int = 32
+    slow: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_decay(self.name, self.slow)
 
     @property
     def learned(self) -> bool:
@@ -39,20 +44,28 @@ class LearnedCritic(ScoreEstimator):
         return "critic" if self.module is None else self.inputs
 
     def make_state(self, site: SiteInfo, batch_dims: tuple[int, ...], draws: int) -> nn.Module | None:
-        return self.module or ValueNet(site, batch_dims, self.hidden, sees_outcome=True)
+        module = self.module or ValueNet(site, batch_dims, self.hidden, sees_outcome=True)
+        return module if self.slow is None else WithTarget(module)
 
     def prediction(self, context: SiteContext) -> Tensor:
-        """At the draw, detached.  ``[*dims | *elements]``"""
+        """At the draw, detached; of the slow copy, where there is one.  ``[*dims | *elements]``"""
         key = (context.site.name, "prediction")
         if key not in context.memo:
-            context.memo[key] = self.at(context, context.value).detach()
+            context.memo[key] = self.at(context, context.value, slow=True).detach()
         return context.memo[key]  # type: ignore[no-any-return]
 
-    def at(self, context: SiteContext, outcome: Tensor) -> Tensor:
+    def at_draw(self, context: SiteContext) -> Tensor:
+        """As `prediction`, of the critic itself.  ``[*dims | *elements]``"""
+        return self.prediction(context) if self.slow is None else self.at(context, context.value).detach()
+
+    def at(self, context: SiteContext, outcome: Tensor, *, slow: bool = False) -> Tensor:
         """The prediction where the site is ``[*dims | *elements | *event]``.  ``[*dims | *elements]``"""
+        module = context.state
+        if isinstance(module, WithTarget):
+            module = module.slow if slow else module.online
         if self.module is None:
-            return in_units(context, context.state(context.read(context.state.names), outcome))
-        predicted: Tensor = context.state(outcome, *context.read(self.inputs))
+            return in_units(context, module(context.read(module.names), outcome))
+        predicted: Tensor = module(outcome, *context.read(self.inputs))
         if predicted.shape[-1:] == (1,) and predicted.dim() > outcome.dim() - context.site.event_ndim:
             predicted = predicted.squeeze(-1)
         return in_units(context, predicted)
@@ -61,6 +74,10 @@ class LearnedCritic(ScoreEstimator):
         """Adds the squared error of the prediction, which reaches its own parameters alone."""
         predicted = self.at(context, context.value)
         context.add(misfit(context, target_of(context, self, self.target).detach(), predicted))
+        if self.slow is not None:
+            self.prediction(context)  # of the copy as it was, for the sites above
+            if context.training:
+                context.state.follow(self.slow)
 
     def expected(self, context: SiteContext) -> Tensor:
         r"""``sum over v of p(v) q(v)``, with the gradient of ``p`` alone.  ``[*dims | *elements]``"""
@@ -102,6 +119,7 @@ class Critic(LearnedCritic):
             the critic's sufficient context (`Graph.context`).
         target: what it is fitted to: `MonteCarlo`, `TD` or `TDLambda`.
         hidden: width of the small network.
+        slow: decay of a slowly following copy that targets are made of; None for no copy.
     """
 
     name: ClassVar[str] = "critic"
@@ -117,7 +135,7 @@ class Critic(LearnedCritic):
 
     def term(self, context: SiteContext) -> Tensor:
         self.fit(context)
-        term = context.score_times(context.signal - self.prediction(context))
+        term = context.score_times(context.signal - self.at_draw(context))
         own = self.expected(context) if _summable(context.site) else self.path(context)
         return term + sum_like(own, term)
 
@@ -143,7 +161,7 @@ class CriticOnly(LearnedCritic):
 
     def term(self, context: SiteContext) -> Tensor:
         self.fit(context)
-        predicted = self.prediction(context)
+        predicted = self.at_draw(context)
         if _summable(context.site):
             predicted = predicted - self.expected(context).detach()
         return context.score_times(predicted)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scg.estimators.base import Reads, SiteContext, SiteInfo
 from scg.estimators.baselines import Baseline, RunningMean
 from scg.estimators.targets import MonteCarlo, Target, in_units, misfit, target_of
-from scg.estimators.value_nets import ValueNet, WithTarget
+from scg.estimators.value_nets import ValueNet, WithTarget, check_decay
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Learned(Baseline):
     learned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.slow is not None and not 0 <= self.slow < 1:
-            raise ValueError(f"learned: slow={self.slow} must lie in [0, 1)")
+        check_decay(self.name, self.slow)
 
     @property
     def reads(self) -> Reads:

@@ -75,6 +75,11 @@ def _float(outcome: Tensor, weight: Tensor) -> torch.dtype:
     return outcome.dtype if outcome.is_floating_point() else weight.dtype
 
 
+def check_decay(name: str, slow: float | None) -> None:
+    if slow is not None and not 0 <= slow < 1:
+        raise ValueError(f"{name}: slow={slow} must lie in [0, 1)")
+
+
 class WithTarget(nn.Module):
     """A network and a slow copy of it, whose predictions targets are made of: it has buffers, no parameters."""
 

@@ -35,6 +35,7 @@ UNBIASED: dict[str, tuple[Any, int]] = {
     "optimal scale of another": (OptimalScale(of=Constant(1.3)), 2),
     "critic": (Critic(), 1),
     "critic, TD(0)": (Critic(target=TD(1)), 1),
+    "critic, TD(0), slow copy": (Critic(target=TD(1), slow=0.9), 1),
     "actor-critic, lambda 1": (ActorCritic(Learned(target=TDLambda(1.0))), 1),
 }
 QUICK = {"chain", "tied_batch"}
@@ -161,12 +162,18 @@ def test_actor_critic_equals_its_target(target: Target, discount: float) -> None
 
 
 @pytest.mark.parametrize("target", [MonteCarlo(), TD(1), TDLambda(0.6)], ids=str)
-@pytest.mark.parametrize("kind", [Critic, CriticOnly])
-def test_critics_equal_their_targets(kind: Any, target: Target) -> None:
+@pytest.mark.parametrize(("kind", "slow"), [(Critic, None), (CriticOnly, None), (Critic, 0.5), (CriticOnly, 0.5)])
+def test_critics_equal_their_targets(kind: Any, slow: float | None, target: Target) -> None:
+    """With a slow copy, the targets are made of what the copy says."""
     model = Chain()
     tables = [Table(0.3, 0.5), Table(-0.4, 1.1), Table(0.8, -0.7)]
-    estimators = {f"z{t}": kind(table, inputs=(), target=target) for t, table in enumerate(tables)}
+    copies = tables if slow is None else [Table(-0.2, 0.4), Table(0.6, -0.3), Table(0.1, 0.9)]
+    estimators = {f"z{t}": kind(table, inputs=(), target=target, slow=slow) for t, table in enumerate(tables)}
     compiled = scg.compile(model, estimators=estimators, example_inputs=())
+    if slow is not None:
+        states: Any = compiled.estimators
+        for t, copy in enumerate(copies):
+            states[f"z{t}"].slow.load_state_dict(copy.state_dict())
     critics = list(itertools.chain.from_iterable(t.parameters() for t in tables))
     parameters = [*model.parameters(), *critics]
     _, found = expected_estimate(compiled, {str(i): p for i, p in enumerate(parameters)})
@@ -174,7 +181,7 @@ def test_critics_equal_their_targets(kind: Any, target: Target) -> None:
     def surrogate(z: list[Tensor], costs: list[Tensor], log_p: list[Tensor]) -> Tensor:
         predicted = [table(x) for table, x in zip(tables, z, strict=True)]
         fixed = [p.detach() for p in predicted]
-        wanted = returns(target, costs, fixed)
+        wanted = returns(target, costs, [copy(x).detach() for copy, x in zip(copies, z, strict=True)])
         total = torch.stack([(g - p) ** 2 for g, p in zip(wanted, predicted, strict=True)]).sum()
         return total + torch.stack([fixed[t] * log_p[t] for t in range(3)]).sum()
 
@@ -346,9 +353,12 @@ def test_nvil_divides_by_the_deviation_of_earlier_steps() -> None:
     torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-5, atol=1e-6)
 
 
-def test_learned_parts_touch_themselves_alone_and_the_copy_follows() -> None:
+@pytest.mark.parametrize("kind", ["baseline", "critic"])
+def test_learned_parts_touch_themselves_alone_and_the_copy_follows(kind: str) -> None:
     model = Chain()
-    compiled = scg.compile(model, estimator=ActorCritic(Learned(target=TD(1), slow=0.5)), example_inputs=())
+    baseline = ActorCritic(Learned(target=TD(1), slow=0.5))
+    estimator = baseline if kind == "baseline" else Critic(target=TD(1), slow=0.5)
+    compiled = scg.compile(model, estimator=estimator, example_inputs=())
     assert not {id(p) for p in compiled.estimator_parameters()} & {id(p) for p in compiled.model_parameters()}
     assert all("slow" not in name for name, _ in compiled.named_parameters())
     state: Any = compiled.estimators["z1"]
