@@ -156,7 +156,7 @@ class _Choice:
             self._check_draws(site, explicit)
             self._check_reads(site, explicit, info)
             self._check_meeting(site, explicit, info)
-            return self._set(site, explicit, f"asked for by {source}")
+            return self._set(site, explicit, f"asked for by {source}", info)
         if not credited:
             return self._set(site, None, "influences no cost")
         if not learns:
@@ -203,7 +203,7 @@ class _Choice:
         reparam, enumerate_, score = ESTIMATORS["reparam"](), ESTIMATORS["enumerate"](), ScoreFunction()
         smooth = reparam.check(info)
         if smooth:
-            return self._set(site, reparam, "the path to every credited cost is differentiable and continuous")
+            return self._set(site, reparam, "the path to every credited cost is differentiable and continuous", info)
         against = self._against_enumeration(site, info)
         if against is None:
             return self._set(site, enumerate_, f"finite support: {info.rows} rows, exact")
@@ -213,12 +213,13 @@ class _Choice:
         why = f"not reparam: {smooth.reason}"
         if info.rows is not None and not site.value:
             why += f"; not enumerate: {against}"
-        return self._set(site, score, why)
+        return self._set(site, score, why, info)
 
-    def _set(self, site: Sample, estimator: Estimator | None, reason: str) -> Sample:
+    def _set(self, site: Sample, estimator: Estimator | None, reason: str, info: SiteInfo | None = None) -> Sample:
         if isinstance(estimator, EnumeratingEstimator):
             self.rows[site.name] = self.info(site).rows or 1
-        return dataclasses.replace(site, estimator=estimator, reason=reason)
+        evaluations = estimator.evaluations(info) if estimator is not None and info is not None else 0
+        return dataclasses.replace(site, estimator=estimator, reason=reason, evaluations=evaluations)
 
     def _against_enumeration(self, site: Sample, info: SiteInfo) -> str | None:
         """Why ``auto`` does not enumerate ``site`` beside the sites enumerated so far; None where it does."""

@@ -233,6 +233,8 @@ class Sample(Node):
     """The estimator object in force, set by the insertion pass."""
     reason: str = ""
     """Why that estimator."""
+    evaluations: int = 0
+    """Rows of downstream costs that the estimator needs for one draw of the program; 0 where that is not known."""
     credits: tuple[str, ...] = ()
     """Labels of the costs credited: plain names, not data edges."""
     sequence: str = ""

@@ -123,18 +123,12 @@ class Report:
         return f"<h4>{html.escape(self.title)}</h4>{self.to_html()}"
 
 
-def explain(
-    graph: Graph,
-    *,
-    notes: Iterable[str] = (),
-    evaluations: Mapping[str, int] | None = None,
-) -> Report:
+def explain(graph: Graph, *, notes: Iterable[str] = ()) -> Report:
     """What was decided for every site of ``graph``.
 
     Args:
         graph: after the passes; of a graph as traced, the report says what the user's program holds.
         notes: remarks and warnings of the passes.
-        evaluations: rows of downstream costs a step, by site, where they are known better than from the draws.
     """
     sites: list[Sample] = graph.of(Sample)
     summary = {"objective": objective_text(graph)}
@@ -145,7 +139,7 @@ def explain(
     summary |= _plans(graph)
     summary["sites"] = str(len(sites))
     summary["samples"] = str(graph.samples)
-    rows = tuple(_row(graph, site, evaluations or {}) for site in sites)
+    rows = tuple(_row(graph, site) for site in sites)
     title = f"{graph.name}: minimises {objective_text(graph)}"
     return Report(title, summary, rows, _contexts(graph, sites), tuple(notes))
 
@@ -173,14 +167,12 @@ def _plans(graph: Graph) -> dict[str, str]:
     return facts
 
 
-def _row(graph: Graph, site: Sample, evaluations: Mapping[str, int]) -> Row:
+def _row(graph: Graph, site: Sample) -> Row:
     costs = [
         f"{graph.costs[cost].label} ({edge.label})" for (name, cost), edge in graph.credit.items() if name == site.name
     ]
     estimator: Estimator | None = site.estimator
-    rows = str(evaluations.get(site.name, _draws(graph, site)))
-    if isinstance(estimator, EnumeratingEstimator) and site.name not in evaluations:
-        rows = "all outcomes"
+    rows = "all outcomes" if isinstance(estimator, EnumeratingEstimator) else f"{_rows(graph, site):,}"
     return Row(
         site=site.name,
         distribution=graph.sites[site.name].distribution,
@@ -212,6 +204,13 @@ def estimator_texts(graph: Graph, site: Sample) -> list[str]:
         baseline = estimator.resolve(_draws(graph, site)).name
         return [estimator.name, *([baseline] if baseline not in ("", "none") else [])]
     return [estimator.name] if estimator is not None else []
+
+
+def _rows(graph: Graph, site: Sample) -> int:
+    """How often what lies below the site is evaluated a step."""
+    if not site.evaluations:
+        return _draws(graph, site)
+    return site.evaluations * (graph.samples if SAMPLES in own_dims(site, graph.samples) else 1)
 
 
 def _draws(graph: Graph, site: Sample) -> int:
