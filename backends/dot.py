@@ -81,6 +81,7 @@ _MARKS: dict[Mark, tuple[str, str, str]] = {
 def to_dot(picture: Picture) -> str:
     """DOT text of ``picture``."""
     rank = "LR" if picture.sideways else "TB"
+    there = {(arrow.tail, arrow.head) for arrow in picture.arrows if arrow.kind == "data" and not arrow.again}
     lines = [
         f"digraph {_quote(picture.title)} {{",
         f'  graph [rankdir={rank} bgcolor="{PALETTE["page"][0]}" fontname="{FONT}" pad=0.2 nodesep=0.28'
@@ -91,7 +92,7 @@ def to_dot(picture: Picture) -> str:
         f'  edge [fontname="{FONT}" fontsize=10 color="{PALETTE["edge"][0]}" penwidth=1.1 arrowsize=0.65]',
         *_frames(picture.boxes, ()),
         *(_columns(picture) if picture.columns else ()),
-        *(_arrow(arrow, f"e{i}") for i, arrow in enumerate(picture.arrows)),
+        *(_arrow(arrow, f"e{i}", (arrow.head, arrow.tail) in there) for i, arrow in enumerate(picture.arrows)),
         "}",
     ]
     return "\n".join(lines) + "\n"
@@ -171,10 +172,12 @@ def _broken(box: Box, line: Line) -> Iterable[Line]:
     return [((part, style),) for part in parts]
 
 
-def _arrow(arrow: Arrow, id: str) -> str:
+def _arrow(arrow: Arrow, id: str, back: bool) -> str:
+    """One arrow; one that goes ``back`` where a data arrow comes from leaves and arrives at the side of its boxes."""
     tooltip = f"id={id} tooltip={_quote(arrow.tooltip)} class={arrow.kind}"
     if arrow.kind == "data":
         look = f" constraint=false{_label('next', 'muted', arrow.tooltip)}" if arrow.again else ""
+        look += " tailport=e headport=e" if arrow.again and back else ""
         return f"  {arrow.tail} -> {arrow.head} [{tooltip}{look}]"
     role, width, dash = ("cost line", 1.3, "dashed") if arrow.kind == "credit" else ("dropped", 1.0, "dotted")
     text = arrow.label
@@ -194,7 +197,7 @@ def _label(text: str, role: str, tooltip: str) -> str:
     """Text on an arrow, on the colour of the page so that it is read where arrows cross."""
     page = PALETTE["page"][0]
     table = (
-        f'<TABLE BORDER="0" CELLSPACING="0" CELLPADDING="1" BGCOLOR="{page}"><TR><TD>{escape(text)}</TD></TR></TABLE>'
+        f'<TABLE BORDER="0" CELLSPACING="0" CELLPADDING="3" BGCOLOR="{page}"><TR><TD>{escape(text)}</TD></TR></TABLE>'
     )
     return f' label=<{table}> labeltooltip={_quote(tooltip)} fontcolor="{PALETTE[role][0]}"'
 

@@ -104,7 +104,8 @@ def _tab(name: str) -> str:
 
 
 def _drawn(name: str, drawn: Picture) -> str:
-    return svg(drawn).replace("<svg ", f'<svg data-view="{name}" ', 1)
+    text = re.sub(r">\n+<", "><", svg(drawn))  # graphviz's line ends would be nodes of the page
+    return text.replace("<svg ", f'<svg data-view="{name}" ', 1)
 
 
 def _pack(text: str) -> str:

@@ -52,10 +52,6 @@ def svg(picture: Picture) -> str:
     for element in root.iter():
         element.attrib.pop("id", None)  # several pictures may stand in one page
         element.attrib.pop("font-family", None)  # said once for all below
-        if not (element.tail or "").strip():
-            element.tail = None  # line ends of graphviz: each would be a node of the page
-        if not (element.text or "").strip() and len(element):
-            element.text = None
         for place in ("d", "points"):
             if place in element.attrib:
                 element.set(place, _DIGITS.sub(r"\1", element.attrib[place]))

@@ -15,7 +15,7 @@ import torch
 from torch.distributions import Bernoulli
 
 import scg
-from scg.backends.boxes import Box, Picture
+from scg.backends.boxes import Arrow, Box, Picture
 from scg.backends.dot import PALETTE, to_dot
 from scg.backends.dropped import dropped
 from scg.backends.html import UNFOLDED, page
@@ -151,6 +151,18 @@ def test_every_call_of_a_module_has_a_frame() -> None:
         assert [b.cluster[0] for b in drawn.boxes if b.title == "linear"] == frames
         weights = [b.cluster for b in drawn.boxes if b.title == "pi.weight"]
         assert weights == ([("pi",)] if steps == 3 else [(frame,) for frame in frames])
+
+
+def test_an_arrow_back_keeps_off_the_one_it_answers() -> None:
+    """What the next step reads of this one leaves its box at the side where an arrow comes in from there."""
+    boxes = tuple(Box(id, "block", ((("text", "plain"),),), "", (id,)) for id in "abc")
+    arrows = (
+        Arrow("a", "b", "data", ""),
+        Arrow("b", "a", "data", "", again=True),
+        Arrow("c", "a", "data", "", again=True),
+    )
+    lines = to_dot(Picture("", "", boxes, arrows)).splitlines()
+    assert [line.split(" [")[0].strip() for line in lines if "tailport=e headport=e" in line] == ["b -> a"]
 
 
 def test_unknown_view_and_suffix(tmp_path: Path) -> None:
