@@ -10,7 +10,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: help install demo gallery docs test test-slow check lint types format bench clean
+.PHONY: help install demo gallery variance docs test test-slow check lint types format bench clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -21,6 +21,9 @@ demo: $(STAMP)  ## train a discrete VAE on digits; writes its picture and report
 
 gallery: $(STAMP)  ## draw the pictures of docs/gallery again
 	$(BIN)/python examples/gallery.py --out docs/gallery
+
+variance: $(STAMP)  ## measure the estimators' variances again; plots in docs/variance
+	$(BIN)/python -m benchmarks.variance --out docs/variance
 
 docs: $(STAMP)  ## the documentation as a web site in site/; warnings are errors
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"

@@ -22,7 +22,7 @@ LAYERS = (
     {"exact", "exact_marginals"},
     {"pipeline", "diagnostics"},
     {"measure"},
-    {"cli"},
+    {"cli", "error_index"},
 )
 """Each may import from its own layer and those above it in this list; ``tracer`` stands for ``tracer_*`` as well."""
 
