@@ -163,14 +163,15 @@ def test_a_thousand_nodes_open_fast(chromium: browser.Browser, tmp_path: Path) -
     opened = f"new Promise(done => (function look() {{ {drawn} ? done({drawn}) : requestAnimationFrame(look); }})())"
     chromium.call("Performance.enable")
     seconds = []
-    for _ in range(3):  # other programs may hold the machine: so the best of three, and the page's own time
+    for _ in range(3):
         start, used = time.perf_counter(), chromium.metric("ThreadTime")
         chromium.open(path)
         assert chromium.value(opened) >= 1000
         chromium.settle()
         seconds.append(time.perf_counter() - start)
         assert chromium.metric("ThreadTime") - used < 2.0
-    assert min(seconds) < 2.0
+    others = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # programs for each processor; on an idle machine 1
+    assert min(seconds) < 2.0 * others
 
 
 def words(chromium: browser.Browser) -> int:
