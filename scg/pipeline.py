@@ -24,7 +24,7 @@ from scg.capture import Captured, captured
 from scg.errors import EstimatorError, LoweringError, RetraceWarning
 from scg.estimators import get_estimator
 from scg.estimators.lookup import near_miss
-from scg.estimators.state import make_states
+from scg.estimators.state import make_states, refuse_shared
 from scg.holder import Holder
 from scg.ir import Graph
 from scg.passes import InsertEstimators, pipeline
@@ -191,10 +191,12 @@ class CompiledModule(nn.Module):
     def _lower(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch_module.Program:
         states = make_states(graph, self.estimators)
         self._load_pending()
+        live = self._live(graph)
+        refuse_shared(graph, states, live)
         return torch_module.build(
             graph,
             _tensors(args, kwargs),
-            self._live(graph),
+            live,
             states,
             training=self.training and not self._frozen,
             learning=torch.is_grad_enabled(),

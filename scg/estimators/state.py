@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from scg.analysis.contexts import contexts
 from scg.analysis.influence import Influence, influence
 from scg.analysis.support import finite_support
+from scg.errors import EstimatorError
 from scg.estimators.base import SiteInfo
 from scg.estimators.frames import frames
 from scg.estimators.rows import joined_dims
-from scg.ir import Dist, Graph, Input, Sample, TensorType
+from scg.ir import Dist, Graph, Input, Param, Sample, TensorType
 
 
 def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
@@ -46,6 +49,26 @@ def make_states(graph: Graph, owner: nn.ModuleDict) -> dict[str, nn.Module]:
             owner[key] = made
         states[site.name] = owner[key]
     return states
+
+
+def refuse_shared(graph: Graph, states: Mapping[str, nn.Module], live: Mapping[str, Tensor]) -> None:
+    """A learned part must not be made of what the program learns: its fit would add to the model's gradient.
+
+    Raises:
+        EstimatorError: with the site and the path of the parameter.
+    """
+    read = {node.path for node in graph.of(Param)}
+    tensors = {**graph.tensors, **live}
+    paths = {id(tensor): path for path, tensor in tensors.items() if path in read and tensor.requires_grad}
+    for name, state in states.items():
+        for parameter in state.parameters():
+            if id(parameter) in paths:
+                site = graph[name]
+                raise EstimatorError(
+                    f"%{name} ({site.loc}): the module of its estimator shares the parameter {paths[id(parameter)]!r} "
+                    f"with the model, which would get the gradient of the module's fit as well; give the module "
+                    f"parameters of its own (copy.deepcopy), or let it read a value of the graph: inputs=(…)"
+                )
 
 
 def context_values(graph: Graph, site: Sample) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -376,6 +376,32 @@ def test_learned_parts_touch_themselves_alone_and_the_copy_follows(kind: str) ->
     assert {k for k in compiled.state_dict() if ".slow." in k} and not slow.requires_grad
 
 
+def test_a_module_that_shares_parameters_with_the_model_is_refused() -> None:
+    """Its fit would add to the model's gradient, which would be biased."""
+    net = nn.Linear(3, 4)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.value = net, nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = scg.sample(Bernoulli(logits=self.net(x)), "z")
+            return ((z - 0.3) ** 2).sum(-1).mean()
+
+    def function(x: Tensor) -> Tensor:
+        return scg.sample(Bernoulli(logits=net(x)), "z").sum()
+
+    x, model = torch.randn(5, 3), Model()
+    for program, path in ((model, "net.weight"), (function, "weight")):
+        for shared in (net, nn.Sequential(net, nn.Tanh())):
+            with pytest.raises(scg.EstimatorError, match=rf"%z .*shares the parameter '.*{path}'"):
+                scg.compile(program, estimator=ScoreFunction(baseline=Learned(shared)), example_inputs=(x,))
+    compiled = scg.compile(model, estimator=ScoreFunction(baseline=Learned(model.value)), example_inputs=(x,))
+    compiled(x).backward()  # it may live in the model, whose loss does not read it
+    assert model.value.weight.grad is not None
+
+
 @pytest.mark.slow
 def test_the_small_network_learns_the_expected_cost_of_its_context() -> None:
     """Given enough steps the critic knows the cost-to-go of every outcome: its control variate takes the noise away."""
