@@ -18,6 +18,7 @@ from typing import Any
 
 from scg.analysis.bounds import doubly_break
 from scg.analysis.factors import elimination_plan
+from scg.analysis.flops import bytes_text
 from scg.analysis.influence import Influence, influence
 from scg.analysis.reach import Reach
 from scg.analysis.smoothness import Smoothness, smoothness
@@ -26,7 +27,7 @@ from scg.errors import EstimatorError
 from scg.estimators import ESTIMATORS, Estimator, get_estimator
 from scg.estimators.base import EnumeratingEstimator, PathwiseEstimator, SiteInfo
 from scg.estimators.enumerate_ import Enumerate
-from scg.estimators.rows import SAMPLES, enumeration_rows, joined_dims, meeting, own_dims, rerun_breaks
+from scg.estimators.rows import SAMPLES, Meeting, enumeration_rows, joined_dims, meeting, own_dims, rerun_breaks
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Bound, Cost, Depends, Dist, Graph, Input, LogProb, Marginal, Node, Op, Param, Sample, TensorType
 from scg.operations import is_linear
@@ -34,6 +35,9 @@ from scg.passes.sequences import check_sequences, join_sequences
 
 ENUMERATE_LIMIT = 32
 """Most rows at which ``auto`` evaluates any node: beyond, draws are cheaper."""
+
+ENUMERATE_BYTES = 2**30
+"""Most bytes by which ``auto`` lets the values of one evaluation grow."""
 
 TABLE_LIMIT = 2**16
 """Most entries an element of a table of joint probabilities, which meets no operation of the model."""
@@ -229,12 +233,50 @@ class _Choice:
         assert info.rows is not None
         if info.rows > limit:
             return f"{info.rows:.3g} rows is over {limit}"
+        if self._affordable(self._together):
+            return None
         met = meeting(self.graph, {**self.rows, site.name: info.rows})
+        if self._affordable(met):
+            return None
         if met.rows > limit:
             return f"{met.rows:.3g} rows would meet at %{met.node}, over {limit}"
         if met.table > TABLE_LIMIT:
             return f"a table of {met.table:.3g} joint probabilities would be needed, over {TABLE_LIMIT}"
-        return None
+        return f"{bytes_text(met.bytes)} of values would be held, over {bytes_text(ENUMERATE_BYTES)} beyond one draw's"
+
+    def _affordable(self, met: Meeting) -> bool:
+        """Whether ``auto`` may enumerate so.
+
+        With at most ``enumerate_limit`` rows at any value, a step has at most so many times the work of one draw.
+        """
+        fits = met.rows <= self.options.enumerate_limit and met.table <= TABLE_LIMIT
+        return fits and met.bytes - self._one_draw.bytes <= ENUMERATE_BYTES
+
+    @cached_property
+    def _one_draw(self) -> Meeting:
+        return meeting(self.graph, {})
+
+    @cached_property
+    def _together(self) -> Meeting:
+        """All sites enumerated that may be, of a long chain: if that fits, none needs to be looked at by itself."""
+        rows = {}
+        for site in self.graph.of(Sample):
+            if site.data:
+                continue
+            if site.name in self.summed or self._may_be_enumerated(site):
+                rows[site.name] = self.info(site).rows or 1
+        return meeting(self.graph, rows)
+
+    def _may_be_enumerated(self, site: Sample) -> bool:
+        requested, source = self.options.request(site)
+        explicit = self._object(requested, source)
+        if explicit is not None and (source != "default" or self._credited(site)):
+            return isinstance(explicit, EnumeratingEstimator) and self.info(site).rows is not None
+        if not self._credited(site) or not self.learns(site):
+            return False
+        info = self.info(site)
+        few = info.rows is not None and info.rows <= self.options.enumerate_limit
+        return few and bool(ESTIMATORS["enumerate"]().check(info)) and not ESTIMATORS["reparam"]().check(info)
 
     def _check_bias(self, site: Sample, estimator: Estimator, info: SiteInfo) -> None:
         if not estimator.unbiased and self.options.allow_biased is False:
@@ -255,6 +297,8 @@ class _Choice:
 
     def _check_meeting(self, site: Sample, estimator: Estimator, info: SiteInfo) -> None:
         if not isinstance(estimator, Enumerate) or info.rows is None:
+            return
+        if max(self._together.rows, self._together.table) <= estimator.limit:
             return
         met = meeting(self.graph, {**self.rows, site.name: info.rows})
         if max(met.rows, met.table) <= estimator.limit:

@@ -133,9 +133,8 @@ def explain(graph: Graph, *, notes: Iterable[str] = ()) -> Report:
     sites: list[Sample] = graph.of(Sample)
     summary = {"objective": objective_text(graph)}
     if graph.costs:
-        summary["costs"] = ", ".join(
-            f"{cost.label} {cost.type}" + (f" ({cost.loc})" if cost.loc else "") for cost in graph.costs.values()
-        )
+        texts = [f"{cost.label} {cost.type}" + (f" ({cost.loc})" if cost.loc else "") for cost in graph.costs.values()]
+        summary["costs"] = ", ".join(_shortened(texts))
     summary |= _plans(graph)
     summary["sites"] = str(len(sites))
     summary["samples"] = str(graph.samples)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -360,6 +362,57 @@ def test_over_the_budget_sites_are_sampled_and_it_is_said() -> None:
     names = [site.estimator for site in compiled.graph.sites.values()]
     assert names == ["enumerate"] * 4 + ["score_function"] * 4
     assert "32 rows would meet at" in compiled.graph.of(scg.ir.Sample)[-1].reason
+
+
+def test_over_the_budget_of_bytes_too_and_sites_are_forced_and_forbidden_by_name() -> None:
+    logits = nn.Parameter(torch.zeros(2, dtype=F64))
+
+    def loss() -> Tensor:
+        z, y = (scg.sample(Bernoulli(logits=logits[i]), "zy"[i]) for i in range(2))
+        return (z * torch.zeros(1).expand(2**29)).sum() + y
+
+    compiled = scg.compile(loss, example_inputs=())
+    sites = compiled.graph.sites
+    assert [sites["z"].estimator, sites["y"].estimator] == ["score_function", "enumerate"]
+    assert " GB of values would be held, over 1.07 GB beyond one draw's" in sites["z"].reason
+    forced = scg.compile(loss, estimators={"z": "enumerate", "y": "score_function"}, example_inputs=()).graph.sites
+    assert [forced["z"].estimator, forced["y"].estimator] == ["enumerate", "score_function"]
+    assert "asked for by estimators['z']" in forced["z"].reason
+
+
+def test_the_plan_is_told() -> None:
+    logits = nn.Parameter(torch.zeros(6, dtype=F64))
+    text = str(scg.compile(_chain(logits), example_inputs=()).explain())
+    assert "at most 2 rows meet at %z, tables of up to 4 joint probabilities, tree-width 1, " in text
+    assert " FLOPs forward, " in text and "bytes of values" in text
+
+
+_PEAK = """
+import resource
+import torch, scg
+from torch.distributions import Bernoulli
+logits = torch.nn.Parameter(torch.linspace(-2, 2, {size}))
+def chain():
+    z, total = torch.zeros(()), torch.zeros(())
+    for logit in logits:
+        z = Bernoulli(logits=logit + z).sample()
+        total = total + (z - 0.3) ** 2
+    return total
+def vector():
+    return ((Bernoulli(logits=logits).sample() - 0.3) ** 2).sum()
+compiled = scg.compile({program})
+compiled().backward()
+assert all(site.estimator == "enumerate" for site in compiled.graph.sites.values())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "size"), [("chain", 200), ("vector", 1000)])
+def test_long_chains_and_wide_vectors_take_less_than_a_gigabyte(program: str, size: int) -> None:
+    script = _PEAK.format(program=program, size=size)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.0
 
 
 def test_over_the_budget_an_explicit_request_is_an_error() -> None:

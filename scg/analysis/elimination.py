@@ -15,6 +15,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from scg.analysis.flops import bytes_text
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -37,10 +39,14 @@ class Plan:
     """Entries of the largest table, for one index of its axes."""
     entries: int
     """Entries of all tables along all axes: multiplications and additions, each."""
+    itemsize: int = 4
+    """Bytes of an entry."""
 
     def __str__(self) -> str:
-        flops = f"{2 * self.entries:,} multiply-adds"
-        return f"{len(self.order)} sites, tree-width {self.width}, tables of up to {self.table:,} rows, {flops}"
+        return (
+            f"{len(self.order)} sites, tree-width {self.width}, tables of up to {self.table:,} rows, "
+            f"{2 * self.entries:,} FLOPs, {bytes_text(self.entries * self.itemsize)} of tables"
+        )
 
 
 class Intractable(Exception):
@@ -56,6 +62,7 @@ def plan_elimination(
     inside: Mapping[str, frozenset[int]],
     rows: Mapping[str, int],
     sizes: Mapping[int, int],
+    itemsize: int = 4,
 ) -> Plan:
     """A good order to sum all variables out in.
 
@@ -64,6 +71,7 @@ def plan_elimination(
         inside: the plates that each variable stands in, variables in program order.
         rows: how many rows each variable has.
         sizes: of the axes.
+        itemsize: bytes of an entry of a table.
 
     Raises:
         Intractable: no variable is left that can be summed out on its own.
@@ -80,7 +88,7 @@ def plan_elimination(
         order.append(name)
         width, table = max(width, len(scope.rows) - 1), max(table, count)
         entries += count * math.prod(sizes[axis] for axis in scope.axes)
-    return Plan(tuple(order), width, table, entries)
+    return Plan(tuple(order), width, table, entries, itemsize)
 
 
 class _Run:

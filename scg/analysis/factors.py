@@ -408,4 +408,4 @@ def elimination_plan(
         parents = direct[sample.dist] & rows.keys()
         scopes.append(Scope(parents | {sample.name}, frozenset(axis for axis in site.axes if axis is not None)))
     sizes = dict(enumerate((*node.tensor.shape, *node.plates)))
-    return plan_elimination(scopes, plates_of(node), rows, sizes)
+    return plan_elimination(scopes, plates_of(node), rows, sizes, node.tensor.dtype.itemsize)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from scg.analysis.flops import bytes_text, flops, value_bytes
 from scg.analysis.influence import Influence, influence
 from scg.analysis.reach import Reach
 from scg.analysis.support import site_support
@@ -38,18 +39,27 @@ def enumerated_rows(graph: Graph) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Meeting:
-    """How many outcomes of enumerated sites stand side by side."""
+    """What stands side by side where enumerated sites meet, and what it costs."""
 
     rows: int
-    """Most at the value of any node: what the program is evaluated at."""
-    table: int
-    """Most in any table of joint probabilities."""
+    """Most outcomes at the value of any node: what the program is evaluated at."""
     node: str
     """Where the most rows meet."""
+    table: int
+    """Most in any table of joint probabilities."""
+    width: int
+    """Sites in the table of the most sites, less one: the tree-width of the order."""
+    flops: int
+    """Of one evaluation forward, at all rows."""
+    bytes: int
+    """Of all values, at all rows."""
 
     def __str__(self) -> str:
         where = f" at %{self.node}" if self.node else ""
-        return f"at most {self.rows:,} rows meet{where}, tables of up to {self.table:,} joint probabilities"
+        return (
+            f"at most {self.rows:,} rows meet{where}, tables of up to {self.table:,} joint probabilities, tree-width "
+            f"{self.width}, {self.flops:,} FLOPs forward, {bytes_text(self.bytes)} of values"
+        )
 
 
 def meeting(graph: Graph, rows: Mapping[str, int]) -> Meeting:
@@ -65,11 +75,7 @@ def meeting(graph: Graph, rows: Mapping[str, int]) -> Meeting:
     order = {site: index for index, site in enumerate(node.name for node in graph if node.name in rows)}
     values: dict[str, frozenset[str]] = {}
     parents: dict[str, frozenset[str]] = {}
-
-    def count(names: Iterable[str]) -> int:
-        return math.prod(rows[name] for name in names)
-
-    most, where = 1, ""
+    most, where, work, size = 1, "", 0, 0
     for node in graph:
         carried: frozenset[str] = frozenset().union(*(values[ref] for ref in node.inputs))
         if isinstance(node, Marginal):
@@ -77,9 +83,12 @@ def meeting(graph: Graph, rows: Mapping[str, int]) -> Meeting:
         if node.name in rows:
             parents[node.name], carried = carried, frozenset([node.name])
         values[node.name] = frozenset() if node.name in graph.tail else carried
-        if (found := count(values[node.name])) > most:
-            most, where = found, node.name
-    table = 1
+        count = math.prod(rows[name] for name in values[node.name])
+        work += count * flops(graph, node)
+        size += count * value_bytes(node)
+        if count > most:
+            most, where = count, node.name
+    table, width = 1, 0
     stack = [values[node.name] for node in graph.of(Cost, Sample)]
     seen: set[frozenset[str]] = set()
     while stack:
@@ -87,9 +96,12 @@ def meeting(graph: Graph, rows: Mapping[str, int]) -> Meeting:
         if names and names not in seen:
             seen.add(names)
             last = max(names, key=order.__getitem__)
-            table = max(table, count(names | parents[last]))
-            stack.append((names | parents[last]) - {last})
-    return Meeting(most, table, where)
+            joint = names | parents[last]
+            entries = math.prod(rows[name] for name in joint)
+            table, width = max(table, entries), max(width, len(joint) - 1)
+            work += 2 * entries
+            stack.append(joint - {last})
+    return Meeting(most, where, table, width, work, size)
 
 
 def joined_dims(graph: Graph, found: Influence) -> dict[str, tuple[int, ...]]:
