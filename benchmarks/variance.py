@@ -195,22 +195,26 @@ def measure(program: Program, estimator: Estimator, seed: int = 0) -> Curve | No
 # -- the picture ------------------------------------------------------------------------------------------------------
 _WIDTH, _HEIGHT = 290, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 66, 44
+_COLUMNS = 2
 _DECADES = 6
 """The lowest value that is drawn lies so many powers of ten below the highest."""
 
 
 def figure(name: str, panels: Sequence[tuple[Program, Curve, Curve]]) -> str:
     """An SVG: one panel a program, the estimator's curve over that of the plain one."""
-    parts = [
-        part for i, (program, plain, own) in enumerate(panels) for part in _panel(i * _WIDTH, name, program, plain, own)
-    ]
+    parts = []
+    for i, (program, plain, own) in enumerate(panels):
+        drawn = "".join(_panel(i % _COLUMNS * _WIDTH, name, program, plain, own))
+        row = i // _COLUMNS
+        parts.append(f'<g transform="translate(0,{row * _HEIGHT})">{drawn}</g>' if row else drawn)
+    width, height = _WIDTH * min(len(panels), _COLUMNS), _HEIGHT * math.ceil(len(panels) / _COLUMNS)
     roles = {"ink": "ink", "muted": "muted", "own": "site line", "bias": "cost line", "rule": "cluster line"}
     style = "".join(f".{role}{{--c:{PALETTE[colour][0]}}}" for role, colour in roles.items())
     dark = "".join(f".{role}{{--c:{PALETTE[colour][1]}}}" for role, colour in roles.items())
     label = f"Variance of the gradient by {name} on {', '.join(program.title for program, _, _ in panels)}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH * len(panels)} {_HEIGHT}" '
-        f'width="{_WIDTH * len(panels)}" height="{_HEIGHT}" role="img" aria-label="{escape(label)}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" role="img" aria-label="{escape(label)}" '
         f'font-family="{FONT}" font-size="11"><title>{escape(label)}</title><style>{style}'
         f"@media(prefers-color-scheme:dark){{{dark}}}text{{fill:var(--c)}}path{{fill:none;stroke:var(--c)}}</style>"
         f"{''.join(parts)}</svg>\n"
