@@ -23,11 +23,13 @@ from scg.backends.any_batch import Differs, any_batch
 from scg.capture import Captured, captured
 from scg.errors import EstimatorError, LoweringError, RetraceWarning
 from scg.estimators import get_estimator
+from scg.estimators.base import EnumeratingEstimator
 from scg.estimators.lookup import near_miss
 from scg.estimators.state import make_states, refuse_shared
 from scg.holder import Holder
-from scg.ir import Graph
+from scg.ir import Graph, Sample
 from scg.passes import InsertEstimators, pipeline
+from scg.passes.closed_forms import ClosedForms
 from scg.passes.insert_estimators import ENUMERATE_LIMIT
 from scg.tracer import trace as trace_graph
 from scg.tracer_batch import SMALLEST, Batch, Scaling, batch_of, resized, scaling
@@ -38,6 +40,9 @@ History = tuple[tuple[str, Graph], ...]
 
 BACKENDS = ("eager", "inductor")
 CREDITS = ("element", "node", "none")
+
+_MOST_TRIED = 500
+"""Nodes of the longest program in which `explain` looks for closed forms that were not asked for."""
 
 _RETRACES_BEFORE_WARNING = 5
 
@@ -175,7 +180,15 @@ class CompiledModule(nn.Module):
     def _built(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, torch_module.Program, History]:
         options = self.options
         graph = trace_graph(self._callable, args, kwargs)
-        insert = InsertEstimators(
+        history = [("traced", graph)]
+        with shared_ranges():
+            graph = run_passes(graph, self._insert, options.credit, options.closed_forms, history)
+            return graph, self._lower(graph, args, kwargs), tuple(history)
+
+    @property
+    def _insert(self) -> InsertEstimators:
+        options = self.options
+        return InsertEstimators(
             default=get_estimator(options.estimator) or "auto",
             overrides=options.estimators,
             samples=options.samples,
@@ -183,10 +196,6 @@ class CompiledModule(nn.Module):
             allow_biased=options.allow_biased,
             enumerate_limit=options.enumerate_limit,
         )
-        history = [("traced", graph)]
-        with shared_ranges():
-            graph = run_passes(graph, insert, options.credit, options.closed_forms, history)
-            return graph, self._lower(graph, args, kwargs), tuple(history)
 
     def _lower(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch_module.Program:
         states = make_states(graph, self.estimators)
@@ -265,7 +274,20 @@ class CompiledModule(nn.Module):
         """What was decided for every site, and why: a table as text, Markdown and HTML."""
         from scg.report import explain
 
-        return explain(self.graph, notes=self.graph.notes)
+        return explain(self.graph, notes=(*self.graph.notes, *self._closed_forms_to_be_had()))
+
+    def _closed_forms_to_be_had(self) -> Iterator[str]:
+        """What ``closed_forms=True`` would replace, of a program short enough to try."""
+        assert self._latest is not None
+        before = dict(self._latest.history).get("closed_forms")
+        if self.options.closed_forms is not False or before is None or len(before) > _MOST_TRIED:
+            return
+        sites = self.graph.of(Sample)
+        drawn = {site.name: True for site in sites if not isinstance(site.estimator, EnumeratingEstimator)}
+        found = ClosedForms(drawn, self._insert.sampled)(before) if drawn else before
+        for note in found.notes[len(before.notes) :]:
+            if note.startswith("closed form over"):
+                yield f"closed_forms=True would take the {note}"
 
     def formula(self) -> Any:
         """LaTeX of the objective, of each site's gradient estimate and of the surrogate."""

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Bernoulli
+from torch.distributions import Bernoulli, Normal
 
 import scg
 from scg.estimators.reparam import Reparam
@@ -111,3 +111,17 @@ def test_rows_count_what_the_estimator_evaluates(estimator: str, rows: str) -> N
         lambda: Bernoulli(logits=theta).sample().sum() ** 2, estimator=estimator, samples=2, example_inputs=()
     )
     assert compiled.explain().rows[0].rows == rows
+
+
+def test_closed_forms_to_be_had_are_named() -> None:
+    loc = nn.Parameter(torch.zeros(3))
+
+    def loss(sampled: bool) -> torch.Tensor:
+        q, p = Normal(loc, 1.0), Normal(torch.zeros(3), 1.0)
+        z = scg.sample(q, "z")
+        return (torch.tanh(z) if sampled else q.log_prob(z) - p.log_prob(z)).sum()
+
+    notes = [scg.compile(loss, example_inputs=(sampled,)).explain().notes for sampled in (True, False)]
+    assert notes[0] == () and len(notes[1]) == 1
+    assert notes[1][0].startswith("closed_forms=True would take the closed form over %z: kl_divergence")
+    assert not scg.compile(loss, example_inputs=(True,), closed_forms={"z": False}).explain().notes
