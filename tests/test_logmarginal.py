@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import math
 from collections.abc import Callable
 from typing import Any
@@ -372,6 +373,17 @@ def test_the_plan_is_told() -> None:
     text = str(compiled.explain())
     assert "6 sites, tree-width 2, tables of up to 8 rows" in text
     assert "summed out in logmarginal" in text
+
+
+@pytest.mark.slow
+def test_a_chain_compiles_in_time_linear_in_its_length() -> None:
+    calls = {}
+    for T in (8, 10, 20, 40):  # what is made once is made for the first
+        compiled = scg.compile(HMM(3))
+        with cProfile.Profile() as profile:
+            compiled(torch.randn(2, T))
+        calls[T] = sum(entry.callcount for entry in profile.getstats())
+    assert calls[40] - calls[20] < 2.1 * (calls[20] - calls[10])
 
 
 def test_a_chain_takes_a_fixed_number_of_operations_a_step() -> None:
