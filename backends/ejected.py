@@ -27,7 +27,7 @@ from scg.backends.draw_call import DrawCall
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
 from scg.backends.recorder import CustomFunction
-from scg.backends.site_context import InputGradient, Variable
+from scg.backends.site_context import InputGradient, InputGradients, Variable
 from scg.backends.torch_module import Program, unflatten_outputs
 from scg.ir import Graph, Input, Param, TensorType
 
@@ -67,8 +67,8 @@ _TORCH = (
 
 _RESERVED = set("torch F Tensor Any Callable Sequence annotations base64 math zlib inf nan".split())
 _HELPERS = (
-    runtime.variable, runtime.input_gradient, runtime.weigh_path, runtime.refuse_gradient, runtime.loop_rows,
-    runtime.call_opaque,
+    runtime.variable, runtime.input_gradient, runtime.input_gradients, runtime.weigh_path, runtime.refuse_gradient,
+    runtime.loop_rows, runtime.call_opaque,
 )  # fmt: skip
 
 
@@ -196,6 +196,8 @@ class _Ejector:
             return f"{self._helper(runtime.weigh_path)}({self._listed(args, {})})"
         if isinstance(target, InputGradient):
             return f"{self._helper(runtime.input_gradient)}({self._listed((*args, target.differentiable), {})})"
+        if isinstance(target, InputGradients):
+            return f"{self._helper(runtime.input_gradients)}({self._listed((*args, target.differentiable), {})})"
         if isinstance(target, CustomFunction):
             return f"{self._users(target.function)}.apply({self._listed(args, kwargs)})"
         return f"{self._name(target)}({self._listed(args, kwargs)})"

@@ -40,12 +40,13 @@ from scg.backends.recorder import compile_time, record_call, record_constant
 from scg.backends.sequence_draw import draw_in_sequence
 from scg.backends.signals import Signals
 from scg.backends.single_draw import SingleDraw
-from scg.backends.site_context import Context
+from scg.backends.site_context import VARIABLE, Context
 from scg.backends.terms import MANY, Weighted, total_of
 from scg.errors import LoweringError
 from scg.estimators.base import (
     EnumeratingEstimator,
     PathwiseEstimator,
+    RerunEstimator,
     RowEstimator,
     ScoreEstimator,
 )
@@ -316,8 +317,24 @@ class Interpreter:
                 self.expectation.weights[site.name] = place(drawn.weight)
             return place(drawn.value)
         if isinstance(site.estimator, (PathwiseEstimator, ScoreEstimator)):
-            return place(site.estimator.draw(dist, shape))
+            drawn = place(site.estimator.draw(dist, shape))
+            return Batched(record_call(VARIABLE, drawn.tensor), dims) if self.is_variable(site) else drawn
         return place(dist.sample(shape).detach())
+
+    def is_variable(self, site: Sample) -> bool:
+        """Whether the draw is an independent variable: its estimator wants the costs differentiated where it is.
+
+        Only where nothing but costs is below it: no draw, no output, no write into a buffer.
+        """
+        if not isinstance(site.estimator, RerunEstimator) or not site.estimator.at_draw:
+            return False
+        if self.order != 1 or self.rerunning or not self.learning or not self.learns(site):
+            return False
+        outputs = [ref for ref in _output_refs(self.graph) if ref != self.graph.objective]
+        if site.name in self.graph.ancestors(outputs):
+            return False
+        below = [self.graph[name] for name in self.graph.descendants([site.name]) if name != site.name]
+        return not any(isinstance(node, (Sample, Bound, Marginal)) or _has_effect(node) for node in below)
 
     def _joined_axes(self, site: Sample, new: int, carried: int) -> tuple[int, ...]:
         """Where the joined elements stand in a draw ``[*new | *sample_shape | *carried | *B]``."""

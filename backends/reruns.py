@@ -43,6 +43,22 @@ def rerun(run: Interpreter, site: Sample, dims: tuple[str, ...], values: Tensor,
     return Rerun(signal, _total(child, edges, wanted, scale))
 
 
+def as_drawn(run: Interpreter, site: Sample, dims: tuple[str, ...]) -> Rerun:
+    """What a differentiable rerun at the draw itself would give, from the values of ``run``: one row.
+
+    For a site whose draw is an independent variable of the program (`Interpreter.is_variable`).
+    """
+    child = copy.copy(run)
+    child.expectation = run.expectation.beside(run.dims)
+    child.contexts, child.memo, child.kept = {}, {}, dims
+    child.signals = child.make_signals(follows=True)
+    found = child.signals.of(site, dims)
+    assert found is not None
+    signal, scale = found
+    total = _total(child, run.signals.credited(site), set(), scale)
+    return Rerun(signal.unsqueeze(0), total.sum().reshape([1]))
+
+
 def evaluated_again(
     run: Interpreter, site: Sample, dims: SampleDims, value: Batched, wanted: Collection[str]
 ) -> Interpreter:

@@ -25,6 +25,14 @@ def input_gradient(scalar: Tensor, wrt: Tensor, differentiable: bool) -> Tensor:
     return torch.zeros_like(wrt) if found is None else found
 
 
+def input_gradients(scalar: Tensor, wrt: Sequence[Tensor], differentiable: bool) -> list[Tensor]:
+    """The gradients of a scalar in several tensors, as values of the program."""
+    if not scalar.requires_grad:
+        return [torch.zeros_like(item) for item in wrt]
+    found = torch.autograd.grad(scalar, wrt, create_graph=differentiable, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(item) if g is None else g for item, g in zip(wrt, found, strict=True)]
+
+
 def weigh_path(value: Tensor, draw: Tensor, factor: Tensor) -> Tensor:
     """``value``; from now on the gradient that reaches ``draw``, by whatever way, is multiplied by ``factor``."""
     if draw.requires_grad:

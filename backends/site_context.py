@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from scg.backends.batching import Batched
 from scg.backends.cuts import Below, causal_dim, cut_below
 from scg.backends.hindsight import hindsight
 from scg.backends.recorder import compile_time, record_call, record_constant
-from scg.backends.reruns import rerun
+from scg.backends.reruns import as_drawn, rerun
 from scg.backends.single_changes import changed_signal
 from scg.estimators.base import Hindsight, Rerun, RowEstimator, SiteInfo
 from scg.ir import Input, Sample
@@ -41,7 +41,8 @@ class Context:
             site.name, template, site.tensor.shape, site.tensor.event_ndim, support, joined=self.joined
         )
         self.dist = interpreter.distribution(site.dist, dims, [1] * len(site.sample_shape))
-        self.value = interpreter.dims.align(interpreter.env[site.name], dims)
+        drawn = interpreter.dims.align(interpreter.env[site.name], dims)
+        self.value = drawn.detach() if drawn.requires_grad else drawn
         self.signal = signal.detach() if signal.requires_grad else signal
         self.extra = tuple(interpreter.dims.align(part, dims) for part in interpreter.extras.get(site.name, ()))
         kinds = [interpreter.dims[name].kind for name in dims]
@@ -72,6 +73,13 @@ class Context:
 
     def rerun(self, values: Tensor, *, differentiable: bool = False) -> Rerun:
         return rerun(self._of, self._site, self.dims, values if differentiable else values.detach(), differentiable)
+
+    def at_draw(self) -> tuple[Tensor, Rerun]:
+        drawn = self._of.env[self._site.name].tensor
+        if self._of.is_variable(self._site) and self._of.dims.align(self._of.env[self._site.name], self.dims) is drawn:
+            return drawn, as_drawn(self._of, self._site, self.dims)
+        point = self.variable(self.value)
+        return point, self.rerun(point.unsqueeze(0), differentiable=True)
 
     def change_one(self, outcomes: Tensor, rest: Tensor | None = None) -> Tensor:
         return changed_signal(self._of, self._site, self.dims, outcomes, rest)
@@ -120,7 +128,7 @@ class Context:
         return record_constant(make)
 
     def variable(self, value: Tensor) -> Tensor:
-        return record_call(_VARIABLE, value)  # type: ignore[no-any-return]
+        return record_call(VARIABLE, value)  # type: ignore[no-any-return]
 
     def read(self, names: tuple[str, ...] | None) -> list[Tensor]:
         found = []
@@ -149,6 +157,11 @@ class Context:
     def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
         return record_call(InputGradient(differentiable), scalar, wrt)  # type: ignore[no-any-return]
 
+    def gradients(self, scalar: Tensor, wrt: Sequence[Tensor], *, differentiable: bool = False) -> Sequence[Tensor]:
+        if len(wrt) == 1:
+            return [self.gradient(scalar, wrt[0], differentiable=differentiable)]
+        return record_call(InputGradients(differentiable), scalar, [*wrt])  # type: ignore[no-any-return]
+
 
 class Variable:
     """The value of a tensor as an independent variable; a leaf of the generated code."""
@@ -161,7 +174,7 @@ class Variable:
         return runtime.variable(value)
 
 
-_VARIABLE = Variable()  # one for all: programs that differ in their batch size alone have equal leaves
+VARIABLE = Variable()  # one for all: programs that differ in their batch size alone have equal leaves
 
 
 class InputGradient:
@@ -179,3 +192,19 @@ class InputGradient:
 
     def __call__(self, scalar: Tensor, wrt: Tensor) -> Tensor:
         return runtime.input_gradient(scalar, wrt, self.differentiable)
+
+
+class InputGradients:
+    """The gradients of a scalar in several tensors; a leaf of the generated code."""
+
+    __name__ = __qualname__ = "input_gradients"
+    __module__ = __name__
+
+    def __init__(self, differentiable: bool) -> None:
+        self.differentiable = differentiable
+
+    def fake(self, scalar: Tensor, wrt: Sequence[Tensor]) -> list[Tensor]:
+        return [InputGradient(self.differentiable).fake(scalar, item) for item in wrt]
+
+    def __call__(self, scalar: Tensor, wrt: Sequence[Tensor]) -> list[Tensor]:
+        return runtime.input_gradients(scalar, wrt, self.differentiable)

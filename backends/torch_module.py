@@ -17,7 +17,7 @@ from scg.backends.doubly import WeighPath
 from scg.backends.higher_order import HigherOrder
 from scg.backends.lowering import Interpreter
 from scg.backends.recorder import Recorder
-from scg.backends.site_context import InputGradient
+from scg.backends.site_context import InputGradient, InputGradients
 from scg.backends.stacking import stack_slices
 from scg.errors import LoweringError
 from scg.interception import intercept_functions
@@ -125,7 +125,7 @@ def compile_inductor(graph: Graph, program: Program, any_batch: bool) -> Callabl
                 "'dreg' weighs gradients on their way back, which inductor cannot compile; use backend='eager' or "
                 "another estimator"
             )
-        if isinstance(call.target, InputGradient):
+        if isinstance(call.target, (InputGradient, InputGradients)):
             site = call.name.split("_term")[0]
             raise LoweringError(
                 f"%{site}: its estimator differentiates the costs inside the step, which inductor cannot compile; use "

@@ -321,6 +321,13 @@ class SiteContext(Protocol):
             differentiable: also give a surrogate through which the gradient reaches ``values``.
         """
 
+    def at_draw(self) -> tuple[Tensor, Rerun]:
+        """The draw as an independent variable, and a differentiable rerun of one row there.
+
+        Asked for by estimators that say `RerunEstimator.at_draw`: where nothing is drawn below the site, the costs of
+        the draw itself are differentiated, and not evaluated again.
+        """
+
     def change_one(self, outcomes: Tensor, rest: Tensor | None = None) -> Tensor:
         """The signal of each element where it alone, of the elements that one cost may see, takes an outcome.
 
@@ -385,6 +392,9 @@ class SiteContext(Protocol):
     def gradient(self, scalar: Tensor, wrt: Tensor, *, differentiable: bool = False) -> Tensor:
         """``d scalar / d wrt`` as a value of the program, itself differentiable if asked.  The shape of ``wrt``"""
 
+    def gradients(self, scalar: Tensor, wrt: Sequence[Tensor], *, differentiable: bool = False) -> Sequence[Tensor]:
+        """`gradient` in several tensors at once."""
+
 
 class ScoreEstimator(Estimator):
     """The draw is detached and a term of value zero carries the gradient."""
@@ -405,6 +415,9 @@ class ScoreEstimator(Estimator):
 
 class RerunEstimator(ScoreEstimator):
     """Score-type, with the costs below the site evaluated at further outcomes."""
+
+    at_draw: ClassVar[bool] = False
+    """Whether it differentiates the costs at the draw: `SiteContext.at_draw`."""
 
     @classmethod
     def supports(cls, site: SiteInfo) -> Support:

@@ -71,13 +71,14 @@ def surrogate_of(
         over: dims whose estimates depend on each other: the square of their mean counts.
     """
     rank = context.value.dim() - context.site.event_ndim
-    total: Any = 0.0
+    total: Tensor | None = None
     for g, parameter in zip(estimates, parameters, strict=True):
         part = g.detach() * (finite(parameter) if parameter.dim() > rank else parameter)
         if context.training:
             part = part + (g.mean(over, keepdim=True) if over else g) ** 2
-        total = total + (part.flatten(rank).sum(-1) if part.dim() > rank else part)
-    assert isinstance(total, Tensor)
+        part = part.flatten(rank).sum(-1) if part.dim() > rank else part
+        total = part if total is None else total + part
+    assert total is not None
     return total
 
 

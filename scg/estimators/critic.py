@@ -7,15 +7,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Cauchy, Exponential, Gumbel, Laplace, LogNormal, Normal, Weibull
 
 from scg.estimators.actor_critic import scored
 from scg.estimators.base import Predicts, Reads, ScoreEstimator, SiteContext, SiteInfo, Support
+from scg.estimators.implicit import WITH_CDF, reparameterized
 from scg.estimators.rerun import sum_like
 from scg.estimators.targets import MonteCarlo, Target, in_units, misfit, target_of
 from scg.estimators.value_nets import ValueNet, WithTarget, check_decay
-
-_WITH_CDF = (Normal, Laplace, Exponential, Cauchy, Gumbel, LogNormal, Weibull)
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,7 @@ class LearnedCritic(ScoreEstimator):
         """``dq/dz`` times the draw, reparameterized through its distribution function.  ``[*dims | *elements]``"""
         point = context.variable(context.value)
         slope = context.gradient(self.at(context, point).sum(), point)
-        log_p, below = context.dist.log_prob(context.value), context.dist.cdf(context.value)
-        z = context.value - (below - below.detach()) / log_p.detach().exp()
-        return slope * z
+        return slope * reparameterized(context.dist, context.value)
 
 
 @dataclass(frozen=True)
@@ -197,6 +193,6 @@ def _summable(site: SiteInfo) -> Support:
 
 
 def _has_path(site: SiteInfo) -> Support:
-    if issubclass(site.template.cls, _WITH_CDF):
+    if issubclass(site.template.cls, WITH_CDF):
         return Support(True)
     return Support(False, f"{site.family} has no distribution function with a derivative in torch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, OneHotCategorical
@@ -12,6 +12,7 @@ from torch.distributions import Bernoulli, OneHotCategorical
 from scg.errors import EstimatorError
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
 from scg.estimators.control_variate import ControlVariate, surrogate_of, times
+from scg.estimators.relaxed import Discrete, logits_of, noise_of
 from scg.estimators.rerun import sum_joined
 
 
@@ -26,14 +27,15 @@ class DoubleCV(RerunEstimator):
 
     Titsias and Shi 2022, where :math:`\bar s_{-k}` is the mean derivative of the cost at the other draws. Below another
     site the means differ from draw to draw, so each is met by the slope at the others, not by the mean of all slopes.
-    The factor is trained by the variance of the gradient in the site's parameters, in the same ``backward()``. Unbiased
+    The factor is trained by the variance of the gradient in the site's logits, in the same ``backward()``. Unbiased
     for any of its values; a cost without a derivative leaves plain leave-one-out. Needs two or more i.i.d. draws; the
-    program below each is evaluated once more, to differentiate it. Bernoulli, OneHotCategorical.
+    program below each is evaluated once more, to differentiate it, where it draws. Bernoulli, OneHotCategorical.
     """
 
     name: ClassVar[str] = "double_cv"
     unbiased: ClassVar[bool] = True
     one_hot: ClassVar[bool] = True
+    at_draw: ClassVar[bool] = True
     reference: ClassVar[str] = "Titsias and Shi 2022"
     formula: ClassVar[str] = (
         r"\frac1K \sum_k (h_k - \bar h_{-k}) \nabla_\theta \log p_\theta(z_k) + \alpha \bar s^\top \nabla_\theta \mu, "
@@ -67,26 +69,18 @@ class DoubleCV(RerunEstimator):
                 f"%{context.site.name}: {self.name!r} compares i.i.d. draws and needs two or more; give samples=2 to "
                 f"scg.compile or to the estimator"
             )
-        event, rank = context.site.event_ndim, context.value.dim() - context.site.event_ndim
-        point = context.variable(context.value)
-        found = context.rerun(point.unsqueeze(0), differentiable=True)
-        assert found.surrogate is not None
+        point, found = context.at_draw()
+        assert found.surrogate is not None and isinstance(context.dist, Discrete)
         slope = context.gradient(found.surrogate.sum(), point)  # [*dims | *elements | *event]
 
         def others(tensor: Tensor) -> Tensor:
             return (tensor.sum(iid, keepdim=True) - tensor) / (count - 1)
 
-        dist: Any
-        dist, free, parameters = context.variables()
-        mean = dist.mean
-        slope = others(slope)
-        linear = slope * (context.value - mean.detach())
-        linear = sum_joined(context, linear.flatten(rank).sum(-1) if event else linear)
+        noise, logits = noise_of(context.dist), logits_of(context.dist).expand(context.value.shape)
+        mean = noise.soft(logits.detach())
+        slope, score = others(slope), context.value - mean
+        linear = slope * score
+        linear = sum_joined(context, linear.sum(-1) if context.site.event_ndim else linear)
         h = context.signal - context.state.scale * linear
-        log_p, known = dist.log_prob(context.value), (slope * mean).sum()
-        estimates = [
-            times(h - others(h), context.gradient(log_p.sum(), variable))
-            + context.state.scale * context.gradient(known, variable)
-            for variable in free
-        ]
-        return surrogate_of(context, estimates, parameters, over=iid)
+        g = times(h - others(h), score) + context.state.scale * noise.tangent(mean, slope)
+        return surrogate_of(context, [g], [logits], over=iid)

@@ -55,4 +55,4 @@ class GumbelRao(Relaxation):
         fixed = logits.detach()
         many = hard.to(fixed.dtype).expand(self.copies, *hard.shape)  # [M, *shape | *B | *E]
         soft = noise.soft(noise.given(fixed, many) / self.temperature)
-        return straight_through(hard, noise.tangent(soft, logits).mean(0) / self.temperature)
+        return straight_through(hard, noise.mean_tangent(soft, logits) / self.temperature)

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
-from torch.distributions import Cauchy, Exponential, Gumbel, Laplace, LogNormal, Normal, Weibull
 
 from scg.estimators.base import ScoreEstimator, SiteContext, SiteInfo, Support
 from scg.estimators.control_variate import ControlVariate, small_network, surrogate_of, times
-
-_WITH_CDF = (Normal, Laplace, Exponential, Cauchy, Gumbel, LogNormal, Weibull)
+from scg.estimators.implicit import WITH_CDF, reparameterized
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Lax(ScoreEstimator):
             return Support(False, site.pathwise_only)
         if site.replayed:
             return Support(False, "a replayed outcome has no path back to its parameters")
-        if not issubclass(site.template.cls, _WITH_CDF):
+        if not issubclass(site.template.cls, WITH_CDF):
             return Support(False, f"{site.family} has no differentiable distribution function in PyTorch")
         return Support(True)
 
@@ -63,12 +61,10 @@ class Lax(ScoreEstimator):
     def term(self, context: SiteContext) -> Tensor:
         dist, free, parameters = context.variables()
         value = context.value
-        log_p, below = dist.log_prob(value), dist.cdf(value)
-        z = value - (below - below.detach()) / log_p.detach().exp()
+        z = reparameterized(dist, value)
         learnt = context.state.free(context, z.unsqueeze(0))[0]  # [*dims | *elements], size 1 along joined dims
-        estimates = [
-            times(context.signal - learnt, context.gradient(log_p.sum(), variable))
-            + context.gradient(learnt.sum(), variable, differentiable=context.training)
-            for variable in free
-        ]
+        scores = context.gradients(dist.log_prob(value).sum(), free)
+        paths = context.gradients(learnt.sum(), free, differentiable=context.training)
+        rest = context.signal - learnt
+        estimates = [times(rest, score) + path for score, path in zip(scores, paths, strict=True)]
         return surrogate_of(context, estimates, parameters)

@@ -79,6 +79,9 @@ class Noise(Protocol):
     def tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
         r""":math:`J(s)\,\ell` with the Jacobian :math:`J(s) = \mathrm{diag}(s) - s s^\top` of the relaxation at s."""
 
+    def mean_tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
+        """The mean of `tangent` over the first dim of ``soft``."""
+
 
 class _Binary:
     """Logistic noise on the logit of a Bernoulli."""
@@ -102,6 +105,9 @@ class _Binary:
 
     def tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
         return soft * (1 - soft) * finite(logits)
+
+    def mean_tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
+        return (soft * (1 - soft)).mean(0) * finite(logits)  # the copies have no gradient: averaged first
 
 
 class _OneHot:
@@ -129,6 +135,9 @@ class _OneHot:
     def tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
         logits = finite(logits)
         return soft * (logits - (soft * logits).sum(-1, keepdim=True))
+
+    def mean_tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
+        return self.tangent(soft, logits).mean(0)
 
 
 def noise_of(dist: Discrete) -> Noise:

@@ -42,6 +42,7 @@ class Rodeo(RerunEstimator):
     name: ClassVar[str] = "rodeo"
     unbiased: ClassVar[bool] = True
     one_hot: ClassVar[bool] = True
+    at_draw: ClassVar[bool] = True
     reference: ClassVar[str] = "Shi et al. 2022"
     formula: ClassVar[str] = (
         r"\frac1K \sum_k \Big(Q(z_k) - \frac{1}{K-1} \sum_{j \ne k} (Q(z_j) + \alpha (A h_j)(z_j))\Big) "
@@ -85,8 +86,8 @@ class Rodeo(RerunEstimator):
             return sum_joined(context, signal.expand(elements)) / joined
 
         # not of the surrogate: the terms of inner sites have baselines of other draws in them, which h must not see
-        point = context.variable(z)
-        signal = context.rerun(point.unsqueeze(0), differentiable=True).signal[0]
+        point, found = context.at_draw()
+        signal = found.signal[0]
         slope = context.gradient(group_mean(signal).sum(), point)  # [*dims | *elements | *event]
 
         def others(tensor: Tensor) -> Tensor:
