@@ -6,6 +6,8 @@ x.permute(0, 1, 2)   ->  x              likewise movedim that moves nothing
 torch.tensor([…])    ->  a constant     made once, not at every step
 ones_like(scalar)    ->  a constant     likewise, and what its argument needed goes
 t[[0, 1, …, n - 1]]  ->  t              every row in order, a view: the rows of an enumerated index
+x - zeros_like(x)    ->  x              a filled tensor is a number: a standard prior's mean and scale
+x - logsumexp(x)     ->  log_softmax(x)  one kernel, as categoricals normalise their logits
 """
 
 from __future__ import annotations
@@ -23,16 +25,29 @@ _NEGATIONS = {"neg", "__neg__", "negative"}
 _SUMS = {"sum", "mean"}
 _TABLES = {torch.tensor, torch.arange, torch.eye}
 _FILLED = {"ones_like": 1, "zeros_like": 0}
+_FILL = {"ones_like", "zeros_like", "full_like"}
+_OF_ONE = {"neg", "log", "exp", "sqrt", "reciprocal", "square", "abs", "pow", "__pow__", "gt", "ge", "lt", "le"}
+"""Of one tensor and numbers."""
+_OF_TWO = {"add", "sub", "mul", "div", "__truediv__"}
+_NOTHING = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0, "__truediv__": 1.0}
+"""The second operand that changes nothing."""
 _LARGEST_TABLE = 1024
 """Elements of a constant; more of them are quicker made than read."""
 
 
 class Peephole:
-    """Remembers what the recorded calls so far have negated."""
+    """Remembers what the recorded calls so far have negated, normalised and filled."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._negated: dict[int, Tensor] = {}
+        self._normalizers: dict[int, tuple[Tensor, int]] = {}
+        """Of results of logsumexp over one dim, which stays: of what, and the dim."""
+        self._filled: dict[int, tuple[Tensor, Any]] = {}
+        """Of tensors that hold one number: another one of their shape, and the number."""
+        self._tables: dict[Any, Tensor] = {}
+        self._true: set[int] = set()
+        """Constants that are true."""
 
     def simpler(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of an equal, simpler call; None where there is none."""
@@ -46,6 +61,14 @@ class Peephole:
             return self._table(torch.tensor, (_FILLED[name],), made)
         if name == "__getitem__":
             return self._all_rows(first, args[1])
+        if (filled := self._of_filled(func, name, args, kwargs)) is not None:
+            return filled
+        if name == "logical_and" and not kwargs and any(id(arg) in self._true for arg in args):
+            return args[1] if id(first) in self._true else first
+        if name == "where" and id(first) in self._true and isinstance(args[1], Tensor):
+            return args[1]
+        if name == "sub" and len(args) == 2 and not kwargs and self._normalizers.get(id(args[1]), (None,))[0] is first:
+            return self._recorder.call(torch.log_softmax, first, self._normalizers[id(args[1])][1])
         inner = self._negated.get(id(first))
         if inner is not None and name in _NEGATIONS:
             return inner
@@ -57,6 +80,56 @@ class Peephole:
         """Takes note of a call."""
         if name in _NEGATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self._negated[id(out)] = args[0]
+        if name == "logsumexp" and len(args) == 3 and args[2] is True and not torch.is_autocast_enabled("cpu"):
+            dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+            if len(dims) == 1:
+                self._normalizers[id(out)] = (args[0], dims[0])
+        if name in _FILL and isinstance(out, Tensor) and (out.dtype, out.device) == (args[0].dtype, args[0].device):
+            number = _FILLED.get(name) if len(args) == 1 else args[1]
+            if isinstance(number, (int, float)) and not out.requires_grad:
+                self._filled[id(out)] = (args[0], number)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Takes note that ``tensor`` was written into."""
+        self._negated = {key: of for key, of in self._negated.items() if key != id(tensor) and of is not tensor}
+        self._normalizers = {
+            key: found for key, found in self._normalizers.items() if key != id(tensor) and found[0] is not tensor
+        }
+        self._filled.pop(id(tensor), None)
+
+    def _of_filled(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        """The result of a call on tensors that hold one number, without them; None where there are none."""
+        if kwargs or not all(isinstance(arg, (Tensor, int, float)) for arg in args):
+            return None
+        of, *rest = args
+        if name == "all" and not rest and id(of) in self._filled:
+            return self._table(torch.tensor, (bool(self._filled[id(of)][1]),), {"device": of.device})
+        if not of.is_floating_point():
+            return None
+        numbers = [self._filled[id(arg)][1] if id(arg) in self._filled else arg for arg in rest]
+        if any(isinstance(number, Tensor) for number in numbers) or name not in _OF_ONE | _OF_TWO:
+            return None
+        from scg.backends.recorder import compile_time
+
+        if id(of) in self._filled:
+            like, number = self._filled[id(of)]
+            if any(isinstance(arg, Tensor) and arg.shape != of.shape for arg in rest):
+                return None
+            with compile_time():
+                found = func(torch.tensor(number, dtype=of.dtype), *numbers)
+                number = found.item()
+            if found.dtype == of.dtype:
+                return self._recorder.call(torch.full_like, like, number)
+            made = self._recorder.call(torch.full_like, like, number, dtype=found.dtype)
+            self._filled[id(made)] = (like, number)
+            return made
+        if name not in _OF_TWO or len(rest) != 1 or not isinstance(rest[0], Tensor) or rest[0].dtype != of.dtype:
+            return None
+        if torch.broadcast_shapes(of.shape, rest[0].shape) != of.shape:
+            return None
+        if numbers[0] == _NOTHING[name]:
+            return self._recorder.handed_out(of)
+        return self._recorder.call(func, of, numbers[0])
 
     def _all_rows(self, tensor: Tensor, index: Any) -> Tensor | None:
         """A view of ``tensor`` where ``index`` counts through all of its rows."""
@@ -82,7 +155,14 @@ class Peephole:
 
         with compile_time():
             made: Tensor = func(*args, **kwargs)
-        return self._recorder.constant(made) if made.numel() <= _LARGEST_TABLE else None
+            if made.numel() > _LARGEST_TABLE:
+                return None
+            key = (made.dtype, made.device, made.shape, tuple(made.flatten().tolist()))
+        if key not in self._tables:
+            self._tables[key] = self._recorder.constant(made)
+            if made.dtype == torch.bool and made.dim() == 0 and key[-1] == (True,):
+                self._true.add(id(self._tables[key]))
+        return self._tables[key]
 
 
 def _moves_nothing(name: str, tensor: Tensor, where: Any) -> bool:

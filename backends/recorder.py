@@ -160,6 +160,11 @@ class Recorder(TorchFunctionMode):
         finally:
             self.hint = before
 
+    def handed_out(self, tensor: Tensor) -> Tensor:
+        """Takes note that ``tensor`` is the result of one more call."""
+        self._handed_out.add(id(tensor))
+        return tensor
+
     # -- recording ------------------------------------------------------------------------------------------------
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -170,6 +175,7 @@ class Recorder(TorchFunctionMode):
             return self._property(func, args)
         if name == "__setitem__" and _is_masked_fill(*args) and self._is_own(args[0]):
             self._nodes[id(args[0])] = self.node(self.call(torch.where, args[1], args[2], args[0]))
+            self._peephole.forget(args[0])
             return None
         if name == "__setitem__":
             raise LoweringError("an estimator or distribution writes into a tensor; use torch.where or scatter instead")
@@ -228,6 +234,7 @@ class Recorder(TorchFunctionMode):
         if in_place:
             node.meta["effect"] = True
             self._nodes[id(out)] = node
+            self._peephole.forget(out)
             return out
         node.meta["effect"] = getattr(func, "effect", False) or (name == "batch_norm" and bool(args[5]))
         out = self._track_all(out, node)

@@ -11,7 +11,6 @@ not depend on :math:`\phi`, so the gradient of its variance is that of its squar
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -53,6 +53,6 @@ class GumbelRao(Relaxation):
         noise, logits = noise_of(dist), logits_of(dist)
         hard = outcomes(dist, shape)
         fixed = logits.detach()
-        many = hard.to(fixed.dtype).expand(self.copies, *hard.shape)  # [M, *shape | *B | *E]
-        soft = noise.soft(noise.given(fixed, many) / self.temperature)
+        noisy = noise.given(fixed, hard.to(fixed.dtype), (self.copies,))  # [M, *shape | *B | *E]
+        soft = noise.soft(noisy / self.temperature)
         return straight_through(hard, noise.mean_tangent(soft, logits) / self.temperature)

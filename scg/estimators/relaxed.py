@@ -67,8 +67,8 @@ class Noise(Protocol):
     def perturb(self, logits: Tensor, shape: torch.Size) -> Tensor:
         """``logits`` plus noise of ``shape``, differentiable in the logits."""
 
-    def given(self, logits: Tensor, hard: Tensor) -> Tensor:
-        """Perturbed logits given what they are rounded to, differentiable in the logits.  The shape of ``hard``"""
+    def given(self, logits: Tensor, hard: Tensor, copies: tuple[int, ...] = ()) -> Tensor:
+        """Perturbed logits given what they are rounded to, differentiable in the logits.  ``[*copies, *hard]``"""
 
     def hard(self, perturbed: Tensor) -> Tensor:
         """The outcome: a draw of the distribution itself."""
@@ -92,10 +92,11 @@ class _Binary:
     def perturb(self, logits: Tensor, shape: torch.Size) -> Tensor:
         return logits + _logistic(logits, shape)
 
-    def given(self, logits: Tensor, hard: Tensor) -> Tensor:
+    def given(self, logits: Tensor, hard: Tensor, copies: tuple[int, ...] = ()) -> Tensor:
         # the logistic law cut at zero, inverted without ever forming a probability: exact at logits of +-1e4
         sign = 2 * hard - 1
-        return sign * F.softplus(_logistic(logits, hard.shape) + F.softplus(sign * logits))
+        noise = _logistic(logits, torch.Size([*copies, *hard.shape]))
+        return sign * F.softplus(noise + F.softplus(sign * logits))
 
     def hard(self, perturbed: Tensor) -> Tensor:
         return (perturbed > 0).to(perturbed.dtype)
@@ -120,9 +121,9 @@ class _OneHot:
     def perturb(self, logits: Tensor, shape: torch.Size) -> Tensor:
         return logits - torch.log(_exponential(logits, shape))
 
-    def given(self, logits: Tensor, hard: Tensor) -> Tensor:
+    def given(self, logits: Tensor, hard: Tensor, copies: tuple[int, ...] = ()) -> Tensor:
         # Maddison, Tarlow and Minka 2014: the largest is Gumbel, the others are cut there
-        log_e = torch.log(_exponential(logits, hard.shape))
+        log_e = torch.log(_exponential(logits, torch.Size([*copies, *hard.shape])))
         top = (hard * log_e).sum(-1, keepdim=True)  # of the chosen category; logits are normalised
         return -torch.where(hard > 0, top, torch.logaddexp(log_e - finite(logits), top))
 
