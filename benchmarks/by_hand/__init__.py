@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.by_hand import control_variates, coupled, plain, relaxations, sets, single_changes
+from benchmarks.by_hand import control_variates, coupled, critics, plain, relaxations, sets, single_changes
 from benchmarks.by_hand.models import Bits, FewBits, Gaussian, Mixture
 
 
@@ -46,6 +46,11 @@ CASES: dict[str, Case] = {
     "double_cv": Case(Bits, control_variates.double_cv, samples=2),
     "rodeo": Case(FewBits, control_variates.rodeo, samples=2),
     "lax": Case(Gaussian, control_variates.lax),
+    "nvil": Case(Bits, critics.nvil),
+    "actor_critic": Case(Bits, critics.actor_critic),
+    "critic": Case(Bits, critics.critic),
+    "critic_only": Case(Bits, critics.critic_only),
+    "gradient_critic": Case(Gaussian, critics.gradient_critic),
     "unordered_set": Case(Mixture, sets.unordered_set),
     "without_replacement": Case(Mixture, sets.without_replacement),
     "sum_and_sample": Case(Mixture, sets.sum_and_sample),

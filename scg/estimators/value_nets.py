@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scg.estimators.base import SiteInfo
@@ -58,13 +60,28 @@ class ValueNet(nn.Module):
         if not self.sees_outcome:
             predicted: Tensor = self.net(seen)  # [*lead | rows | places]
             return predicted.reshape([*lead, *elements]).to(_float(outcome, weight))
-        spread = seen.reshape([*seen.shape[:-1], *[1] * len(self.places), seen.shape[-1]])
-        own = [spread.expand([*lead, *elements, seen.shape[-1]])]
-        own.append(outcome.to(weight.dtype).reshape([*lead, *elements, -1]))
-        if (count := math.prod(self.places)) > 1:
-            place = torch.eye(count, dtype=weight.dtype, device=weight.device).reshape([*self.places, count])
-            own.append(place.expand([*lead, *elements, count]))
-        return self.net(torch.cat(own, -1)).squeeze(-1).to(_float(outcome, weight))  # type: ignore[no-any-return]
+        hidden = self._hidden(seen, outcome.to(weight.dtype).reshape([*lead, *elements, -1]))
+        return self.net[1:](hidden).squeeze(-1).to(_float(outcome, weight))  # type: ignore[no-any-return]
+
+    def _hidden(self, seen: Tensor, outcome: Tensor) -> Tensor:
+        """The first layer of a critic at the values seen, the outcome and a one-hot of its place, side by side.
+
+        Term by term, since the values seen do not vary over the places.  ``[*lead | *elements, H]``
+
+        Args:
+            seen: ``[*lead | rows, S]``.
+            outcome: ``[*lead | *elements, E]``.
+        """
+        first: Any = self.net[0]
+        sizes = [seen.shape[-1], outcome.shape[-1]]
+        of_seen, of_outcome, of_place = first.weight.split([*sizes, first.weight.shape[-1] - sum(sizes)], 1)
+        shared = F.linear(seen, of_seen, first.bias) if seen.shape[-1] else first.bias.expand([*seen.shape[:-1], -1])
+        shared = shared.reshape([*shared.shape[:-1], *[1] * len(self.places), shared.shape[-1]])
+        if of_place.shape[-1]:
+            shared = shared + of_place.t().reshape([*self.places, -1])
+        if outcome.shape[-1] == 1:
+            return shared + outcome * of_outcome.squeeze(-1)
+        return shared + F.linear(outcome, of_outcome)
 
     def _features(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Dims of a value that are features of a row."""
