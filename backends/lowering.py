@@ -317,8 +317,8 @@ class Interpreter:
                 self.expectation.weights[site.name] = place(drawn.weight)
             return place(drawn.value)
         if isinstance(site.estimator, (PathwiseEstimator, ScoreEstimator)):
-            drawn = place(site.estimator.draw(dist, shape))
-            return Batched(record_call(VARIABLE, drawn.tensor), dims) if self.is_variable(site) else drawn
+            value = place(site.estimator.draw(dist, shape))
+            return Batched(record_call(VARIABLE, value.tensor), dims) if self.is_variable(site) else value
         return place(dist.sample(shape).detach())
 
     def is_variable(self, site: Sample) -> bool:

@@ -64,9 +64,10 @@ class Peephole:
         if (filled := self._of_filled(func, name, args, kwargs)) is not None:
             return filled
         if name == "logical_and" and not kwargs and any(id(arg) in self._true for arg in args):
-            return args[1] if id(first) in self._true else first
-        if name == "where" and id(first) in self._true and isinstance(args[1], Tensor):
-            return args[1]
+            other = args[1] if id(first) in self._true else first
+            return other if other.dtype == torch.bool else None
+        if name == "where" and id(first) in self._true and len(args) == 3:
+            return args[1] if isinstance(args[1], Tensor) and isinstance(args[2], float) else None
         if name == "sub" and len(args) == 2 and not kwargs and self._normalizers.get(id(args[1]), (None,))[0] is first:
             return self._recorder.call(torch.log_softmax, first, self._normalizers[id(args[1])][1])
         inner = self._negated.get(id(first))
@@ -113,14 +114,14 @@ class Peephole:
 
         if id(of) in self._filled:
             like, number = self._filled[id(of)]
-            if any(isinstance(arg, Tensor) and arg.shape != of.shape for arg in rest):
+            if any(isinstance(arg, Tensor) and (arg.shape, arg.dtype) != (of.shape, of.dtype) for arg in rest):
                 return None
             with compile_time():
                 found = func(torch.tensor(number, dtype=of.dtype), *numbers)
                 number = found.item()
             if found.dtype == of.dtype:
-                return self._recorder.call(torch.full_like, like, number)
-            made = self._recorder.call(torch.full_like, like, number, dtype=found.dtype)
+                return self._call(torch.full_like, like, number)
+            made = self._call(torch.full_like, like, number, dtype=found.dtype)
             self._filled[id(made)] = (like, number)
             return made
         if name not in _OF_TWO or len(rest) != 1 or not isinstance(rest[0], Tensor) or rest[0].dtype != of.dtype:
@@ -129,7 +130,11 @@ class Peephole:
             return None
         if numbers[0] == _NOTHING[name]:
             return self._recorder.handed_out(of)
-        return self._recorder.call(func, of, numbers[0])
+        return self._call(func, of, numbers[0])
+
+    def _call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        made: Tensor = self._recorder.call(func, *args, **kwargs)
+        return made
 
     def _all_rows(self, tensor: Tensor, index: Any) -> Tensor | None:
         """A view of ``tensor`` where ``index`` counts through all of its rows."""
@@ -157,10 +162,10 @@ class Peephole:
             made: Tensor = func(*args, **kwargs)
             if made.numel() > _LARGEST_TABLE:
                 return None
-            key = (made.dtype, made.device, made.shape, tuple(made.flatten().tolist()))
+            key = (made.dtype, made.device, made.shape, repr(made.tolist()))
         if key not in self._tables:
             self._tables[key] = self._recorder.constant(made)
-            if made.dtype == torch.bool and made.dim() == 0 and key[-1] == (True,):
+            if key[-1] == "True":
                 self._true.add(id(self._tables[key]))
         return self._tables[key]
 

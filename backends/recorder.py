@@ -175,7 +175,7 @@ class Recorder(TorchFunctionMode):
             return self._property(func, args)
         if name == "__setitem__" and _is_masked_fill(*args) and self._is_own(args[0]):
             self._nodes[id(args[0])] = self.node(self.call(torch.where, args[1], args[2], args[0]))
-            self._peephole.forget(args[0])
+            self._forget(args[0])
             return None
         if name == "__setitem__":
             raise LoweringError("an estimator or distribution writes into a tensor; use torch.where or scatter instead")
@@ -234,7 +234,7 @@ class Recorder(TorchFunctionMode):
         if in_place:
             node.meta["effect"] = True
             self._nodes[id(out)] = node
-            self._peephole.forget(out)
+            self._forget(out)
             return out
         node.meta["effect"] = getattr(func, "effect", False) or (name == "batch_norm" and bool(args[5]))
         out = self._track_all(out, node)
@@ -252,15 +252,19 @@ class Recorder(TorchFunctionMode):
         return self.call(torch.Tensor.detach, args[0]) if name == "data" else out
 
     def _is_own(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` is a result without views that one call alone was given; if so it is no longer shared."""
+        """Whether ``tensor`` is a result without views that one call alone was given."""
         storage = tensor.untyped_storage()._cdata
         others = (item for item in self._alive if isinstance(item, FakeTensor) and item is not tensor)
         if self.node(tensor).op in ("placeholder", "get_attr") or id(tensor) in self._handed_out:
             return False
         if any(item.untyped_storage()._cdata == storage for item in others):
             return False
-        self._shared = {key: out for key, out in self._shared.items() if out is not tensor}
         return True
+
+    def _forget(self, tensor: Tensor) -> None:
+        """Takes note that ``tensor`` was written into: it is no longer the result of the call that made it."""
+        self._shared = {key: out for key, out in self._shared.items() if out is not tensor}
+        self._peephole.forget(tensor)
 
     def _stopped(self, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:

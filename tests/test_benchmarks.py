@@ -100,12 +100,13 @@ class Products(TorchDispatchMode):
     ("estimator", "model", "rows"),
     [("local_expectation", FewBits, 1 + 3), ("measure_valued", Gaussian, 1 + 3 * 3), ("bitflip", FewBits, 2),
      ("go_gradient", FewBits, 1 + 3), ("rebar", FewBits, 3), ("relax", FewBits, 3), ("muprop", FewBits, 2),
-     ("stochastic_ad", FewBits, 2), ("indecater", FewBits, 4 + 3), ("spsa", FewBits, 3)],
+     ("stochastic_ad", FewBits, 2), ("indecater", FewBits, 4 + 3), ("spsa", FewBits, 3), ("double_cv", FewBits, 2),
+     ("rodeo", FewBits, 2)],
 )  # fmt: skip
 def test_reruns_evaluate_what_lies_below_alone(estimator: str, model: Any, rows: int) -> None:
     """The encoder once, the decoder once for the draw and once for each further outcome."""
     made, x = model(7, 3, 5), torch.ones(4, 7)
-    compiled = scg.compile(made, estimator=estimator, example_inputs=(x,))
+    compiled = scg.compile(made, estimator=estimator, samples=CASES[estimator].samples, example_inputs=(x,))
     with Products() as forward:
         compiled(x)
     assert forward.rows[7, 3] == 4 * (2 if model is Gaussian else 1)  # the encoder's outputs: mean and scale

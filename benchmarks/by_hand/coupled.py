@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -73,10 +74,11 @@ def carms(model: Mixture, x: Tensor, state: Any) -> Tensor:
 def _carms_draws(p: Tensor) -> tuple[Tensor, Tensor]:
     """Four draws and ``p(z_i) p(z_j) / P(z_i, z_j)`` of each two.  ``[4, B]``, ``[4, 4, B]``"""
     count = p.shape[-1]
-    ends = torch.combinations(torch.arange(count))  # [O, 2]
-    inner = torch.stack([torch.tensor([i for i in range(count) if i not in pair]) for pair in ends.tolist()])
-    up = torch.cat([ends[:, :1], inner, ends[:, 1:]], -1)  # [O, C]
-    down = torch.cat([ends[:, 1:], inner, ends[:, :1]], -1)
+    pairs = list(itertools.combinations(range(count), 2))
+    inner = [[i for i in range(count) if i not in pair] for pair in pairs]
+    ends = torch.tensor(pairs)  # [O, 2]
+    up = torch.tensor([[pair[0], *rest, pair[1]] for pair, rest in zip(pairs, inner, strict=True)])  # [O, C]
+    down = torch.tensor([[pair[1], *rest, pair[0]] for pair, rest in zip(pairs, inner, strict=True)])
     order = torch.where((p[:, ends[:, 0]] <= p[:, ends[:, 1]]).unsqueeze(-1), up, down)  # [B, O, C]
     picked = order[torch.arange(len(p)), torch.randint(len(ends), (len(p),))]  # [B, C]
     edges = p.gather(-1, picked).cumsum(-1)[:, :-1]

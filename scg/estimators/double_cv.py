@@ -29,7 +29,8 @@ class DoubleCV(RerunEstimator):
     site the means differ from draw to draw, so each is met by the slope at the others, not by the mean of all slopes.
     The factor is trained by the variance of the gradient in the site's logits, in the same ``backward()``. Unbiased
     for any of its values; a cost without a derivative leaves plain leave-one-out. Needs two or more i.i.d. draws; the
-    program below each is evaluated once more, to differentiate it, where it draws. Bernoulli, OneHotCategorical.
+    costs of each are differentiated, and evaluated once more for it where they have draws above them that are below
+    the site. Bernoulli, OneHotCategorical.
     """
 
     name: ClassVar[str] = "double_cv"

@@ -30,8 +30,8 @@ class Rodeo(RerunEstimator):
     reads the mean cost at the other draws and the mean of their linear expansions at ``z``. The network and the two
     factors are trained by the variance of the gradient in the site's logits, in the same ``backward()``; all starts as
     plain leave-one-out. Unbiased for any of their values; a cost without a derivative leaves its mean to learn from.
-    Needs two or more i.i.d. draws; the program below each is evaluated once more, to differentiate it. Bernoulli,
-    OneHotCategorical.
+    Needs two or more i.i.d. draws; the costs of each are differentiated, and evaluated once more for it where they have
+    draws above them that are below the site. Bernoulli, OneHotCategorical.
 
     Args:
         hidden: width of the network's hidden layer.

@@ -74,8 +74,11 @@ class ValueNet(nn.Module):
         """
         first: Any = self.net[0]
         sizes = [seen.shape[-1], outcome.shape[-1]]
-        of_seen, of_outcome, of_place = first.weight.split([*sizes, first.weight.shape[-1] - sum(sizes)], 1)
-        shared = F.linear(seen, of_seen, first.bias) if seen.shape[-1] else first.bias.expand([*seen.shape[:-1], -1])
+        weight: Tensor = first.weight
+        of_seen, of_outcome, of_place = weight.split([*sizes, weight.shape[-1] - sum(sizes)], 1)
+        shared: Tensor = (
+            F.linear(seen, of_seen, first.bias) if seen.shape[-1] else first.bias.expand([*seen.shape[:-1], -1])
+        )
         shared = shared.reshape([*shared.shape[:-1], *[1] * len(self.places), shared.shape[-1]])
         if of_place.shape[-1]:
             shared = shared + of_place.t().reshape([*self.places, -1])

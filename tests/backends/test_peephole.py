@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Geometric
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributions import Bernoulli, Categorical, Geometric, Normal
 
 import scg
+from scg.backends.recorder import Recorder
 
 
 def _code(model: Any, *args: Tensor, **options: Any) -> str:
@@ -69,3 +71,42 @@ def test_a_mean_over_classes_stays_one_kernel_with_one_weight() -> None:
 
     code = _code(model, y, estimator="score_function", samples=2)
     assert "mapped" not in code and "ones_like" not in code and "zeros(" not in code
+
+
+def test_a_standard_prior_is_numbers_and_normalised_logits_one_kernel() -> None:
+    loc, logits = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4, 3))
+
+    def model() -> Tensor:
+        z = Normal(loc, loc.exp()).rsample()
+        prior = Normal(torch.zeros_like(z), 2 * torch.ones_like(z))
+        return (-prior.log_prob(z)).mean() + Categorical(logits=logits).entropy().mean()
+
+    code = _code(model)
+    assert not re.search("(ones|zeros|full)_like|logsumexp", code) and code.count("isfinite") == 0
+    assert code.count("> 0.0") == 1  # the scale of the prior is known to be positive
+    compiled = scg.compile(model, example_inputs=())
+    found = []
+    for loss in (compiled, model):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(loss(), [loc, logits]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_filled_tensor_is_a_number_until_it_is_written_into() -> None:
+    def calls(x: Tensor) -> Tensor:
+        one, moved, other = torch.ones_like(x), torch.full_like(x, 2.0), torch.zeros_like(x)
+        moved.add_(1)
+        other[x > 0] = 3.0
+        wide = torch.full((2, 3), 5.0)  # the first operand is smaller
+        return (x - one.log()) * (2 * one) / one.exp() + moved + x * other + (x + wide) * (one > 0).all()
+
+    x = torch.tensor([0.5, -1.5, 2.5])
+    recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=False))
+    fake = recorder.placeholder("x", x)
+    with recorder.fake_mode, recorder:
+        out = calls(fake)
+    recorder.graph.output(recorder.node(out))
+    root = nn.Module()
+    for name, constant in recorder.constants.items():
+        root.register_buffer(name, constant)
+    torch.testing.assert_close(fx.GraphModule(root, recorder.graph)(x), calls(x))
