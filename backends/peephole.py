@@ -81,7 +81,7 @@ class Peephole:
         """Takes note of a call."""
         if name in _NEGATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self._negated[id(out)] = args[0]
-        if name == "logsumexp" and len(args) == 3 and args[2] is True and not torch.is_autocast_enabled("cpu"):
+        if name == "logsumexp" and args[2:] == (True,) and not torch.is_autocast_enabled(out.device.type):
             dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
             if len(dims) == 1:
                 self._normalizers[id(out)] = (args[0], dims[0])

@@ -75,16 +75,14 @@ class ValueNet(nn.Module):
         first: Any = self.net[0]
         sizes = [seen.shape[-1], outcome.shape[-1]]
         weight: Tensor = first.weight
+        bias: Tensor = first.bias
         of_seen, of_outcome, of_place = weight.split([*sizes, weight.shape[-1] - sum(sizes)], 1)
-        shared: Tensor = (
-            F.linear(seen, of_seen, first.bias) if seen.shape[-1] else first.bias.expand([*seen.shape[:-1], -1])
-        )
+        shared: Tensor = F.linear(seen, of_seen, bias) if seen.shape[-1] else bias.expand([*seen.shape[:-1], -1])
         shared = shared.reshape([*shared.shape[:-1], *[1] * len(self.places), shared.shape[-1]])
         if of_place.shape[-1]:
             shared = shared + of_place.t().reshape([*self.places, -1])
-        if outcome.shape[-1] == 1:
-            return shared + outcome * of_outcome.squeeze(-1)
-        return shared + F.linear(outcome, of_outcome)
+        own: Tensor = outcome * of_outcome.squeeze(-1) if outcome.shape[-1] == 1 else F.linear(outcome, of_outcome)
+        return own + shared
 
     def _features(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Dims of a value that are features of a row."""
