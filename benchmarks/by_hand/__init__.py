@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.by_hand import control_variates, coupled, critics, plain, relaxations, sets, single_changes
-from benchmarks.by_hand.models import Bits, FewBits, Gaussian, Mixture
+from benchmarks.by_hand.models import Bits, FewBits, Gaussian, Layers, Mixture
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ CASES: dict[str, Case] = {
     "sum_and_sample": Case(Mixture, sets.sum_and_sample),
     "local_expectation": Case(FewBits, single_changes.local_expectation),
     "measure_valued": Case(Gaussian, single_changes.measure_valued),
+    "hnca": Case(Layers, single_changes.hnca),
     "bitflip": Case(Bits, single_changes.bitflip),
     "indecater": Case(FewBits, single_changes.indecater),
     "stochastic_ad": Case(Bits, single_changes.stochastic_ad),

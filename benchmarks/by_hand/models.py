@@ -61,3 +61,16 @@ class Gaussian(nn.Module):
         nll = -Bernoulli(logits=self.decoder(z)).log_prob(x).sum(-1)
         prior = Normal(torch.zeros_like(z), torch.ones_like(z))
         return (nll + (q.log_prob(z) - prior.log_prob(z)).sum(-1)).mean()
+
+
+class Layers(nn.Module):
+    """An autoencoder with two layers of bits."""
+
+    def __init__(self, pixels: int = 784, lower: int = 16, upper: int = 16) -> None:
+        super().__init__()
+        self.lower, self.upper, self.out = nn.Linear(pixels, lower), nn.Linear(lower, upper), nn.Linear(upper, pixels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = Bernoulli(logits=self.lower(x)).sample()
+        y = Bernoulli(logits=self.upper(z)).sample()
+        return -Bernoulli(logits=self.out(y)).log_prob(x).sum(-1).mean()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.by_hand.densities import bits, pixels
-from benchmarks.by_hand.models import Bits, FewBits, Gaussian
+from benchmarks.by_hand.models import Bits, FewBits, Gaussian, Layers
 
 
 def local_expectation(model: FewBits, x: Tensor, state: Any) -> Tensor:
@@ -118,3 +118,25 @@ def spsa(model: Bits, x: Tensor, state: Any) -> Tensor:
         at = pixels(model.decoder(moved), x).unsqueeze(-1) + bits(logits, moved)  # [2, B, D]
         slope = (at[0] - at[1]) * sign / (0.2 * len(x))
     return (nll + log_q.sum(-1)).mean() + (slope * logits).sum()
+
+
+def hnca(model: Layers, x: Tensor, state: Any) -> Tensor:
+    """The lower layer by hindsight, the upper one by local expectation; ``state`` is a running mean."""
+    logits = model.lower(x)
+    z = torch.bernoulli(torch.sigmoid(logits).detach())
+    upper = model.upper(z)
+    y = torch.bernoulli(torch.sigmoid(upper).detach())
+    logits_x = model.out(y)
+    nll = pixels(logits_x, x)
+    log_q = bits(logits, torch.stack([z, 1 - z]))  # [2, B, D]
+    with torch.no_grad():
+        flipped = torch.addcmul(logits_x, (1 - 2 * y).T.unsqueeze(-1), model.out.weight.T.unsqueeze(1))
+        gain = (pixels(flipped, x).T - nll.unsqueeze(-1)) / len(x)  # [B, U]
+        moved = torch.addcmul(upper, (1 - 2 * z).T.unsqueeze(-1), model.upper.weight.T.unsqueeze(1))  # [D, B, U]
+        ratio = (bits(moved, y.expand_as(moved)).sum(-1) - bits(upper, y).sum(-1)).T  # [B, D]
+        posterior = torch.stack([log_q[0], log_q[1] + ratio]).softmax(0)
+        advantage = nll.unsqueeze(-1) - state.total / state.weight.clamp(min=1e-30)
+        state.total.mul_(0.9).add_(nll.mean(), alpha=0.1)
+        state.weight.mul_(0.9).add_(0.1)
+        weight = posterior * advantage / len(x)
+    return nll.mean() + (weight * log_q).sum() + (gain * bits(upper, 1 - y).exp()).sum()
