@@ -98,7 +98,8 @@ def test_a_filled_tensor_is_a_number_until_it_is_written_into() -> None:
         moved.add_(1)
         other[x > 0] = 3.0
         wide = torch.full((2, 3), 5.0)  # the first operand is smaller
-        return (x - one.log()) * (2 * one) / one.exp() + moved + x * other + (x + wide) * (one > 0).all()
+        known = (x - one) + x * torch.zeros_like(x)
+        return known + (x - one.log()) * (2 * one) / one.exp() + moved + x * other + (x + wide) * (one > 0).all()
 
     x = torch.tensor([0.5, -1.5, 2.5])
     recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=False))
