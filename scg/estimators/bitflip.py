@@ -54,7 +54,7 @@ def pick(context: SiteContext, weights: Tensor) -> Tensor:
     alone = [axis for axis in range(weights.dim()) if axis not in joined]
     table = weights.permute([*alone, *joined]).reshape([-1, groups(context)])
     index = torch.multinomial(table, 1).squeeze(-1)
-    mask = torch.nn.functional.one_hot(index, groups(context)).to(torch.bool)
+    mask = index.unsqueeze(-1) == torch.arange(groups(context), device=index.device)
     mask = mask.reshape([*(weights.shape[axis] for axis in alone), *joined_sizes(context)])
     order = [*alone, *joined]
     return mask.permute([order.index(axis) for axis in range(weights.dim())])
