@@ -24,6 +24,7 @@ from scg.backends import runtime
 from scg.backends.batching import Mapped
 from scg.backends.doubly import RefuseGradient, WeighPath
 from scg.backends.draw_call import DrawCall
+from scg.backends.log_ratio import LogRatio
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
 from scg.backends.recorder import CustomFunction
@@ -68,7 +69,8 @@ _TORCH = (
 _RESERVED = set("torch F Tensor Any Callable Sequence annotations base64 math zlib inf nan".split())
 _HELPERS = (
     runtime.variable, runtime.input_gradient, runtime.input_gradients, runtime.weigh_path, runtime.refuse_gradient,
-    runtime.loop_rows, runtime.call_opaque,
+    runtime.loop_rows, runtime.call_opaque, runtime.log_prob_of_bits, runtime.log_ratio_of_bits,
+    runtime.log_ratio_of_class, runtime.table_size,
 )  # fmt: skip
 
 
@@ -209,6 +211,10 @@ class _Ejector:
         owner = getattr(target, "__self__", None)
         if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
             return f"{self._users(owner)}.apply"
+        if isinstance(target, LogRatio):
+            return self._helper(target.function)
+        if target in _HELPERS:
+            return self._helper(target)
         name = getattr(target, "__name__", "")
         for prefix, owner in _OWNERS:
             if getattr(owner, name, None) is target:
@@ -224,7 +230,10 @@ class _Ejector:
 
     # -- leaves -----------------------------------------------------------------------------------------------------
     def _helper(self, function: Callable[..., Any]) -> str:
-        self.helpers[function.__name__] = inspect.getsource(function).rstrip()
+        text = self.helpers[function.__name__] = inspect.getsource(function).rstrip()
+        for other in _HELPERS:
+            if other.__name__ not in self.helpers and f"{other.__name__}(" in text:
+                self._helper(other)
         return function.__name__
 
     def _leaf(self, leaf: Any) -> list[str]:

@@ -8,19 +8,25 @@ Only what lies between the site and the next draws is evaluated again (Young 202
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+from torch.distributions import Bernoulli
 
 from scg.analysis.edges import element_edge
 from scg.analysis.influence import Relation
 from scg.backends.batching import Batched, stop_gradient
-from scg.backends.recorder import compile_time
+from scg.backends.linear_rows import product_of
+from scg.backends.log_ratio import LOG_RATIO_OF_BITS
+from scg.backends.recorder import compile_time, record_call
 from scg.backends.single_changes import Part, Rows, SingleChanges
 from scg.errors import EstimatorError
 from scg.estimators.base import EnumeratingEstimator, Hindsight, PathwiseEstimator, RowEstimator
-from scg.ir import CreditEdge, Graph, Sample
+from scg.ir import CreditEdge, Graph, Op, Ref, Sample
+from scg.operations import is_linear
 
 if TYPE_CHECKING:
     from scg.backends.lowering import Interpreter
@@ -53,7 +59,11 @@ def hindsight(run: Interpreter, site: Sample, dims: tuple[str, ...], outcomes: T
     alone = gain([edge for edge in edges if edge not in later])
     if not later:
         return Hindsight(alone)
-    ratio = changes.total([_log_ratio(changes, draw) for draw in draws])
+    ratios = {draw.name: _log_ratio_of_bits(changes, draw) for draw in draws}
+    found = [ratio for ratio in ratios.values() if ratio is not None]
+    if rest := [_log_ratio(changes, draw) for draw in draws if ratios[draw.name] is None]:
+        found.append(changes.total(rest))
+    ratio = functools.reduce(torch.add, found)
     return Hindsight(alone, signals.total(later, dims, scale), gain(later), ratio)
 
 
@@ -134,3 +144,32 @@ def _log_ratio(changes: SingleChanges, draw: Sample) -> Part:
         return now - rows.unchanged(signals.credited_sum(edge, changes.dims, before), level)
 
     return Part([draw.dist], changes.crediting_level(edge, level), share)
+
+
+def _log_ratio_of_bits(changes: SingleChanges, draw: Sample) -> Tensor | None:
+    """By how much each element's change moves the log likelihood of the bits that were drawn below it.
+
+        z [B, D] -> l = z @ w + b -> y ~ Bernoulli(l) [B, H]         [R, B, D], no value of [R, D, B, H] but in a leaf
+
+    Returns:
+        ``[R, *dims | *elements]``; None unless the draw's logits are a product of the site with a matrix.
+    """
+    run, site, dims = changes.run, changes.site, changes.dims
+    dist = run.dist_node(draw.dist)
+    node, own = run.graph[dist.params[0]], Ref(site.name)
+    bits = dist.template.cls is Bernoulli and dist.template.names == ("logits",) and not draw.sample_shape
+    if not bits or not isinstance(node, Op) or node.inputs.count(own) != 1 or site.tensor.event_ndim:
+        return None
+    product = product_of(run.graph, node, own) if is_linear(node, {own}) else None
+    if product is None or not product.out or draw.tensor.shape != node.tensor.shape:
+        return None
+    *batch, summed = product.own
+    matrix_of = batch == [*product.out[:-1]] and {*product.others} == {summed, product.out[-1]}
+    fixed = all(changes.found.relation(ref, site.name) is None for ref in node.inputs if ref != own)
+    weight = stop_gradient(run.env[product.other])
+    if not matrix_of or not fixed or weight.dims or len(product.others) != 2:
+        return None
+    matrix = weight.tensor if product.others[0] == summed else weight.tensor.t()  # [D, H]
+    logits, drawn = (run.dims.align(stop_gradient(run.env[name]), dims) for name in (node.name, draw.name))
+    change = changes.outcomes - run.dims.align(run.env[site.name], dims)  # [R, *dims | *batch, D]
+    return record_call(LOG_RATIO_OF_BITS, logits, change, matrix, drawn, changes.size)  # type: ignore[no-any-return]

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scg.backends.batching import Batched, SampleDims
-from scg.backends.recorder import compile_time, record_constant
+from scg.backends.log_ratio import LOG_RATIO_OF_CLASS
+from scg.backends.recorder import compile_time, record_call, record_constant
 from scg.ir import Graph, Op, Ref
 from scg.operations import bind, is_linear, lookup, packet_name
 
@@ -39,6 +41,20 @@ class Change:
     """Positions along ``axes``, flattened, that each row changes.  ``[rows, members]``"""
     names: tuple[str, ...]
     """Sample dims that the rows make up."""
+    size: float | None = None
+    """The absolute value of every change, where it is known."""
+
+
+@dataclass(frozen=True)
+class RankOne(Batched):
+    """Rows ``[rows, *dims | *batch, size]`` that each move a value along one direction."""
+
+    change: Batched = field(kw_only=True)
+    """How far each row does.  ``[*dims | *batch, rows]``"""
+    weight: Tensor = field(kw_only=True)
+    """The directions.  ``[rows, size]``"""
+    size: float | None = field(kw_only=True)
+    """The absolute value of every change, where it is known."""
 
 
 def linear_rows(
@@ -58,13 +74,40 @@ def linear_rows(
         return None
     if packet_name(node.target) in ("sum", "mean"):
         return _reduced(graph, node, change, base, dims)
-    product = _product(graph, node, change.ref)
+    product = product_of(graph, node, change.ref)
     return None if product is None else _multiplied(product, change, value(product.other), base, dims)
+
+
+def class_rows(node: Op, own: Mapping[str, Any], value: Callable[[Ref], Batched]) -> Batched | None:
+    """The rows of a cross entropy whose logits are moved along one direction each; None for other operations.
+
+    Args:
+        node: the operation.
+        own: values with rows.
+        value: those without any change.
+    """
+    if packet_name(node.target) != "cross_entropy_loss":
+        return None
+    named = bind(node)
+    logits, target = own.get(named["self"]), named["target"]
+    plain = named.get("weight") is None and not named.get("reduction", 1) and not named.get("label_smoothing", 0.0)
+    if not isinstance(logits, RankOne) or logits.ndim > 2 or not plain or target in own:
+        return None
+    classes, base, before = value(target), value(Ref(node.name)), value(named["self"])
+    rest = logits.dims[1:]
+    if logits.change.dims != rest or base.dims != rest or before.dims != rest or classes.tensor.is_floating_point():
+        return None
+    counts = classes.tensor != named.get("ignore_index", -100)
+    index = classes.tensor.clamp(0, logits.shape[-1] - 1)
+    grown = record_call(
+        LOG_RATIO_OF_CLASS, before.tensor, logits.change.tensor, logits.weight, index, logits.size
+    )  # [*rest | B, rows]
+    return Batched(base.tensor - grown.movedim(-1, 0) * counts, logits.dims)
 
 
 # -- products ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Product:
+class Product:
     """A sum of products of two operands: one label a dim of each and of the result."""
 
     own: tuple[str, ...]
@@ -73,7 +116,8 @@ class _Product:
     out: tuple[str, ...]
 
 
-def _product(graph: Graph, node: Op, ref: Ref) -> _Product | None:
+def product_of(graph: Graph, node: Op, ref: Ref) -> Product | None:
+    """How ``node`` multiplies ``ref`` with its other operand; None where it does not."""
     found = _equation(graph, node)
     if found is None:
         return None
@@ -90,7 +134,7 @@ def _product(graph: Graph, node: Op, ref: Ref) -> _Product | None:
     result = _labels(out, node.tensor.ndim)
     if labels[0] is None or labels[1] is None or result is None:
         return None
-    return _Product(labels[0], other, labels[1], result)
+    return Product(labels[0], other, labels[1], result)
 
 
 def _equation(graph: Graph, node: Op) -> tuple[list[tuple[Ref, str]], str] | None:
@@ -124,7 +168,7 @@ def _labels(letters: str, ndim: int) -> tuple[str, ...] | None:
     return tuple(f"~{letter}" for letter in (*left, *middle, *right)) if count >= 0 else None
 
 
-def _multiplied(product: _Product, change: Change, other: Batched, base: Batched, dims: SampleDims) -> Batched | None:
+def _multiplied(product: Product, change: Change, other: Batched, base: Batched, dims: SampleDims) -> Batched | None:
     if len(change.axes) != 1:
         return None
     summed = product.own[change.axes[0]]
@@ -137,15 +181,24 @@ def _multiplied(product: _Product, change: Change, other: Batched, base: Batched
     two = _by_row(other, product.others, [summed], change, dims)
     before = dims.align(base, lead, len(product.out))
     if change.index.shape[1] == 1:
-        factor = _placed(two, want)
-        if not factor.is_contiguous():  # it is read once for every row
-            factor = factor.clone(memory_format=torch.contiguous_format)
-        return Batched(torch.addcmul(before, _placed(one, want), factor), lead)
+        added = torch.addcmul(before, *(_in_order(_placed(part, want)) for part in (one, two)))
+        with compile_time():
+            whole = torch.equal(change.index, torch.arange(change.amount.shape[change.axes[0]])[:, None])
+        plain = whole and lead[1:] == change.amount.dims and product.own == (*product.out[:-1], summed)
+        if not plain or not product.out or other.dims or {*product.others} != {summed, product.out[-1]}:
+            return Batched(added, lead)
+        matrix = other.tensor if product.others[0] == summed else other.tensor.t()
+        return RankOne(added, lead, change=change.amount, weight=matrix, size=change.size)
     letter = dict(zip(dict.fromkeys([*one.labels, *two.labels]), string.ascii_letters, strict=False))
     have = [label for label in want if label in letter]
     texts = ["".join(letter[label] for label in labels) for labels in (one.labels, two.labels, have)]
     added = torch.einsum(f"{texts[0]},{texts[1]}->{texts[2]}", one.tensor, two.tensor)
     return Batched(before + _placed(_Labelled(added, tuple(have)), want), lead)
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """Contiguous: it is read once for every row, and says how the result is laid out."""
+    return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
 
 
 # -- sums -------------------------------------------------------------------------------------------------------------

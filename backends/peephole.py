@@ -3,11 +3,14 @@
 sum(-x)              ->  -sum(x)        the sum has fewer elements to negate, backward too
 -(-x)                ->  x
 x.permute(0, 1, 2)   ->  x              likewise movedim that moves nothing
+x.detach()           ->  x              where it has no gradient
+x[None][0]           ->  x
 torch.tensor([…])    ->  a constant     made once, not at every step
 ones_like(scalar)    ->  a constant     likewise, and what its argument needed goes
 t[[0, 1, …, n - 1]]  ->  t              every row in order, a view: the rows of an enumerated index
 x - zeros_like(x)    ->  x              a filled tensor is a number: a standard prior's mean and scale
 x - logsumexp(x)     ->  log_softmax(x)  one kernel, as categoricals normalise their logits
+sum(bce(x, t), -1)   ->  -log_prob_of_bits(x, t)     for many rows of x without gradient: one exponential an element
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from scg.backends import runtime
+from scg.backends.log_ratio import LOG_RATIO_OF_BITS
 
 if TYPE_CHECKING:
     from scg.backends.recorder import Recorder
@@ -31,12 +37,13 @@ _OF_ONE = {"neg", "log", "exp", "sqrt", "reciprocal", "square", "abs", "pow", "_
 _OF_TWO = {"add", "sub", "mul", "div", "__truediv__"}
 _NOTHING = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0, "__truediv__": 1.0}
 """The second operand that changes nothing."""
+_PRECISE = {torch.float32, torch.float64}
 _LARGEST_TABLE = 1024
 """Elements of a constant; more of them are quicker made than read."""
 
 
 class Peephole:
-    """Remembers what the recorded calls so far have negated, normalised and filled."""
+    """Remembers what the recorded calls so far have negated, normalised, filled, or made to be joined with a later one."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -48,6 +55,14 @@ class Peephole:
         self._tables: dict[Any, Tensor] = {}
         self._true: set[int] = set()
         """Constants that are true."""
+        self._expanded: dict[int, Tensor] = {}
+        """What a tensor is an expansion of."""
+        self._unsqueezed: dict[int, Tensor] = {}
+        """What a tensor is with one more dim in front."""
+        self._rank_one: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        """What a tensor is the sum of: a tensor, and the product of a change with a weight."""
+        self._cross_entropy: dict[int, tuple[Tensor, Tensor]] = {}
+        """Logits and targets of the binary cross entropies without gradient."""
 
     def simpler(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of an equal, simpler call; None where there is none."""
@@ -59,6 +74,8 @@ class Peephole:
         if name in _FILLED and first.dim() == 0 and not kwargs.get("requires_grad"):
             made = {key: kwargs.get(key) or getattr(first, key) for key in ("dtype", "device")}
             return self._table(torch.tensor, (_FILLED[name],), made)
+        if name == "__getitem__" and type(args[1]) is int and args[1] == 0 and id(first) in self._unsqueezed:
+            return self._unsqueezed[id(first)]
         if name == "__getitem__":
             return self._all_rows(first, args[1])
         if (filled := self._of_filled(func, name, args, kwargs)) is not None:
@@ -75,7 +92,15 @@ class Peephole:
             return inner
         if inner is not None and name in _SUMS:
             return self._recorder.call(torch.neg, self._recorder.call(func, inner, *args[1:], **kwargs))
-        return first if _moves_nothing(name, first, args[1:]) and not kwargs else None
+        if name == "sum" and args[1:] and not kwargs and _adds_nothing(first, *args[1:]):
+            return first if args[2:] == (True,) else self._recorder.call(Tensor.squeeze, first, args[1])
+        if name == "sum" and id(first) in self._cross_entropy:
+            return self._sum_of_bits(first, args[1:], kwargs)
+        if kwargs:
+            return None
+        if name == "detach" and not first.requires_grad:
+            return first
+        return first if _moves_nothing(name, first, args[1:]) else None
 
     def recorded(self, name: str, args: Any, out: Any) -> None:
         """Takes note of a call."""
@@ -97,6 +122,9 @@ class Peephole:
             key: found for key, found in self._normalizers.items() if key != id(tensor) and found[0] is not tensor
         }
         self._filled.pop(id(tensor), None)
+        for table in (self._expanded, self._unsqueezed, self._rank_one, self._cross_entropy):
+            for key in [key for key, of in table.items() if key == id(tensor) or any(part is tensor for part in (of if isinstance(of, tuple) else (of,)))]:
+                del table[key]
 
     def _of_filled(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         """The result of a call on tensors that hold one number, without them; None where there are none."""
@@ -135,6 +163,41 @@ class Peephole:
     def _call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         made: Tensor = self._recorder.call(func, *args, **kwargs)
         return made
+        elif name == "expand":
+            self._expanded[id(out)] = args[0]
+        elif name == "addcmul" and len(args) == 3 and not out.requires_grad and _is_rank_one(*args):
+            self._rank_one[id(out)] = args
+        elif name == "__getitem__" and args[1] is None:
+            self._unsqueezed[id(out)] = args[0]
+        elif name == "binary_cross_entropy_with_logits" and not out.requires_grad and out.dtype in _PRECISE:
+            logits, targets, *rest = args
+            if rest == [None, None, 0] and out.dim() and id(targets) in self._expanded:
+                self._cross_entropy[id(out)] = logits, self._expanded[id(targets)]
+
+    def _sum_of_bits(self, entropy: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        named = dict(zip(("dim", "keepdim"), args, strict=False)) | kwargs
+        dim, keepdim = named.pop("dim", None), named.pop("keepdim", False)
+        over = [*range(entropy.dim())] if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
+        over = [axis % entropy.dim() for axis in over]
+        last = entropy.dim() - 1
+        if named or last not in over:
+            return None
+        call = self._recorder.call
+        logits, targets = self._cross_entropy[id(entropy)]
+        if id(logits) in self._rank_one:
+            before, change, weight = self._rank_one[id(logits)]
+            before = call(Tensor.squeeze, before, 0) if before.dim() == change.dim() else before
+            lead = call(Tensor.movedim, call(Tensor.squeeze, change, -1), 0, -1)
+            weight = call(Tensor.reshape, weight, (weight.shape[0], weight.shape[-1]))
+            grown = call(LOG_RATIO_OF_BITS, before, lead, weight, targets, None)
+            found = call(torch.add, call(Tensor.movedim, grown, -1, 0), call(runtime.log_prob_of_bits, before, targets))
+        else:
+            found = call(runtime.log_prob_of_bits, logits, targets)
+        if rest := [axis for axis in over if axis != last]:
+            found = call(torch.sum, found, rest, keepdim=keepdim)
+        if keepdim:
+            found = call(Tensor.unsqueeze, found, -1)
+        return call(torch.neg, found)  # type: ignore[no-any-return]
 
     def _all_rows(self, tensor: Tensor, index: Any) -> Tensor | None:
         """A view of ``tensor`` where ``index`` counts through all of its rows."""
@@ -168,6 +231,21 @@ class Peephole:
             if key[-1] == "True":
                 self._true.add(id(self._tables[key]))
         return self._tables[key]
+
+
+def _adds_nothing(tensor: Tensor, dim: Any, keepdim: bool = False) -> bool:
+    """Whether a sum goes along dims of size 1 alone."""
+    over = [dim] if isinstance(dim, int) else dim
+    return tensor.is_floating_point() and bool(over) and all(tensor.shape[axis] == 1 for axis in over)
+
+
+def _is_rank_one(before: Tensor, change: Tensor, weight: Tensor) -> bool:
+    """``[*N, J]``, ``[rows, *N, 1]`` and ``[rows, 1…, J]``: each row moves all of ``N`` along one direction."""
+    if change.dim() < 2 or weight.dim() != change.dim() or before.dim() not in (change.dim(), change.dim() - 1):
+        return False
+    along = weight.shape[0] * weight.shape[-1] == weight.numel() and before.shape[-1] == weight.shape[-1]
+    fixed = before.shape if before.dim() < change.dim() else before.shape[1:]
+    return along and before.numel() == fixed.numel() and change.shape == (len(weight), *fixed[:-1], 1)
 
 
 def _moves_nothing(name: str, tensor: Tensor, where: Any) -> bool:

@@ -52,6 +52,117 @@ def refuse_gradient(value: Tensor, text: str) -> Tensor:
     return found
 
 
+def log_prob_of_bits(logits: Tensor, bits: Tensor) -> Tensor:
+    """Minus the binary cross entropy of logits, summed over the last dim, where no gradient is wanted.
+
+    One exponential an element and one logarithm for many, `sum log sigmoid(|x|) = log prod sigmoid(|x|)`: factors of at
+    least a half, 112 of which underflow in no dtype of 32 bits.
+
+    Args:
+        logits: ``[*N, D]``.
+        bits: zeros and ones, or anything between; broadcast to ``logits``.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    size = logits.abs()
+    total = torch.addcmul(size, logits, 1 - 2 * bits).sum(-1) * -0.5  # relu(x) - x b, which is exact for bits
+    for factors in size.sigmoid_().split(112, -1):
+        total = total + factors.prod(-1).log()
+    return total
+
+
+def log_ratio_of_bits(
+    logits: Tensor, change: Tensor, weight: Tensor, bits: Tensor, size: float | None = None
+) -> Tensor:
+    r"""By how much `log_prob_of_bits` grows where ``change * weight`` is added to the logits, without gradient.
+
+    .. math:: a \sum_j b_j w_j - \log \prod_j \big(q_j + p_j e^{a w_j}\big)
+
+    Where all changes ``a`` are of one size, as those of bits are, the exponentials are a table of the weights: one
+    multiplication and addition an element and direction are left. So many are multiplied as cannot overflow.
+
+    Args:
+        logits: ``[*N, J]``.
+        change: ``[*N, D]`` with any dims in front, of each on its own.
+        weight: ``[D, J]``.
+        bits: ``[*N, J]``.
+        size: the absolute value of all changes, where it is known.
+
+    Returns:
+        The shape of ``change``.
+    """
+    if torch.is_autocast_enabled(weight.device.type) or weight.dtype.itemsize < 4:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            return log_ratio_of_bits(logits.to(dtype), change.to(dtype), weight.to(dtype), bits.to(dtype), size)
+    scale, factors = table_size(change, weight, size)
+    total = change * torch.nn.functional.linear(bits, weight)
+    weight, x = weight.contiguous(), logits.unsqueeze(-2)  # it is read once for each of N
+    some = max((1 << (19 if weight.device.type == "cpu" else 26)) // max(logits.numel(), 1), 1)  # of D at once
+    if not factors:
+        rows = zip(change.split(some, -1), weight.split(some), strict=True)
+        moved = [log_prob_of_bits(torch.addcmul(x, a.unsqueeze(-1), w), bits.unsqueeze(-2)) for a, w in rows]
+        return torch.cat(moved, -1) - log_prob_of_bits(logits, bits).unsqueeze(-1)
+
+    def product(p: Tensor, q: Tensor, growth: Tensor) -> Tensor:
+        parts = [torch.addcmul(q, p, rows).prod(-1) for rows in growth.split(some)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    tables = [x.sigmoid(), x.neg().sigmoid(), (weight if scale == 1.0 else scale * weight).exp()]
+    splits = [table.split(factors, -1) for table in tables] if factors < x.shape[-1] else [[table] for table in tables]
+    for p, q, growth in zip(*splits, strict=True):
+        up, down = product(p, q, growth), product(p, q, growth.reciprocal())
+        total = total - torch.where(change > 0, up, down).log()
+    return total
+
+
+def log_ratio_of_class(
+    logits: Tensor, change: Tensor, weight: Tensor, index: Tensor, size: float | None = None
+) -> Tensor:
+    r"""By how much the log probability of a class grows where ``change * weight`` is added to the logits of all.
+
+    .. math:: a w_k - \log \sum_j p_j e^{a w_j}
+
+    Without gradient, and a product of matrices where all changes ``a`` are of one size, as those of bits are.
+
+    Args:
+        logits: ``[*N, C]``.
+        change: ``[*N, D]``, of each on its own.
+        weight: ``[D, C]``.
+        index: which class ``k``.  ``[*N]``
+        size: the absolute value of all changes, where it is known.
+
+    Returns:
+        ``[*N, D]``.
+    """
+    if torch.is_autocast_enabled(weight.device.type) or weight.dtype.itemsize < 4:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            return log_ratio_of_class(logits.to(dtype), change.to(dtype), weight.to(dtype), index, size)
+    scale, factors = table_size(change, weight, size)
+    total = change * torch.nn.functional.embedding(index, weight.t())
+    if not factors:
+        moved = torch.addcmul(logits.unsqueeze(-2), change.unsqueeze(-1), weight)  # [*N, D, C]
+        return total - (moved.logsumexp(-1) - logits.logsumexp(-1, keepdim=True))
+    p, growth = logits.softmax(-1), (weight if scale == 1.0 else scale * weight).exp()
+    up, down = torch.nn.functional.linear(p, growth), torch.nn.functional.linear(p, growth.reciprocal())
+    return total - torch.where(change > 0, up, down).log()
+
+
+def table_size(change: Tensor, weight: Tensor, size: float | None) -> tuple[float, int]:
+    """The absolute value of all changes, and how many factors ``exp(change * weight)`` can be multiplied.
+
+    No factors where the changes are of several sizes, or too few; nor where to look at them would be to wait.
+    """
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0.0, 0
+    if size is None:
+        low, size = (float(bound) for bound in change.abs().aminmax())
+        if low != size:
+            return 0.0, 0
+    reach, bound = size * float(weight.abs().max()), 0.9 * math.log(torch.finfo(weight.dtype).max)
+    return size, int(bound / max(reach, 1e-9)) if reach < bound / 4 else 0
+
+
 def loop_rows(single: Callable[..., Any], tensors: Sequence[Tensor], axes: Sequence[int | None], rows: int) -> Any:
     """Calls ``single`` once a row of the tensors that have an axis, and stacks what it returns."""
     found = [single(*(t if axis is None else t[k] for t, axis in zip(tensors, axes, strict=True))) for k in range(rows)]

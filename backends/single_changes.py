@@ -23,7 +23,7 @@ from torch import Tensor
 from scg.analysis.influence import Influence, Relation
 from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, stop_gradient
 from scg.backends.change_levels import Level, largest, levels, positions, readers
-from scg.backends.linear_rows import Change, linear_rows
+from scg.backends.linear_rows import Change, class_rows, linear_rows
 from scg.backends.recorder import compile_time, record_constant
 from scg.backends.reruns import evaluated_again
 from scg.ir import CreditEdge, Dist, LogProb, Node, Op, Sample, TensorType
@@ -92,6 +92,8 @@ class SingleChanges:
         # where rows differ in the rest too, along several dims, no evaluation serves all rows of one of them
         differ = rest is not None and len(self.joined) > 1
         self.levels = levels(run.graph, found, site, below, self.joined, rows=differ)
+        self.size = _size(run.supports[site.name])
+        """The absolute value of every change, where there is one other outcome."""
         self.split = max(self.joined, key=self.sizes.__getitem__, default=-1)
         """The joined dim whose rows are evaluated in chunks."""
 
@@ -134,6 +136,13 @@ class SingleChanges:
         rows = self.sizes[self.split]
         size = max(int(rows * budget / largest(self.run.graph, rowed, copies)), 1)
         return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _size(support: Tensor | None) -> float | None:
+    if support is None or support.shape != (2,):
+        return None
+    with compile_time():
+        return abs(float(support[1]) - float(support[0]))
 
 
 class Rows:
@@ -223,7 +232,7 @@ class Rows:
     def _evaluate(self, node: Node) -> None:
         if isinstance(node, Dist):
             return  # whoever uses it takes its parameters as it wants them
-        rows = self._linear(node) if isinstance(node, Op) else None
+        rows = (self._linear(node) or class_rows(node, self.own, self.base)) if isinstance(node, Op) else None
         if rows is not None:
             self.own[node.name] = rows
             return
@@ -257,7 +266,7 @@ class Rows:
         base = self._own_base(ref, relation, leaving)
         shared = self.dims.union(value.dims, base.dims)
         amount = Batched(self.dims.align(value, shared) - self.dims.align(base, shared), shared)
-        change = Change(ref, amount, *found, names)
+        change = Change(ref, amount, *found, names, self.of.size if ref == self.site.name else None)
         return linear_rows(self.run.graph, node, change, self.base, self.base(node.name), self.dims)
 
     def _own_base(self, ref: str, relation: Relation, leaving: Level) -> Batched:
@@ -291,6 +300,9 @@ class Rows:
             ``[R, *dims | *elements]``; along a joined dim with rows, of those.
         """
         lead, first = len(self.lead_of(level)), len(self.lead)
+        only = lead + next(iter(self.rows), 0)
+        if not self.lead and len(self.rows) == 1 and not level and credited.shape[only] == 1:
+            return credited.transpose(0, only)
         for done, dim in enumerate(dim for dim in self.rows if dim not in level):
             axis = lead - done + dim  # of the element dim; that of its rows is the first behind the outcomes
             if credited.shape[axis] == 1:

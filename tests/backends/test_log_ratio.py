@@ -1,0 +1,101 @@
+"""Log probabilities along one direction: against plain cross entropies, at every size of logits and of steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli
+
+import scg
+from scg.backends import runtime
+from scg.estimators.hnca import HNCA
+
+N, D, J = 5, 4, 131
+
+
+def _parts(logits: float, weight: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, bits that follow them, and weights, up to these sizes."""
+    x = torch.linspace(-1, 1, N * J, dtype=torch.float64).sin().reshape(N, J).flip(1) * logits / 0.8415
+    w = torch.sin(torch.arange(1, 1 + D * J, dtype=torch.float64) ** 2).reshape(D, J) * weight
+    return x.to(dtype), (x > x.roll(1, 0) * 0.1).to(dtype), w.to(dtype)
+
+
+def _plain(logits: Tensor, bits: Tensor) -> Tensor:
+    logits, bits = logits.double(), bits.double().expand_as(logits)
+    return -F.binary_cross_entropy_with_logits(logits, bits, reduction="none").sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.5, 30.0, 1e3])
+def test_log_prob_of_bits(size: float, dtype: torch.dtype) -> None:
+    logits, bits, _ = _parts(size, 1.0, dtype)
+    found = runtime.log_prob_of_bits(logits, bits)
+    tolerance = size * J * torch.finfo(dtype).eps  # rounding errors are of what is summed
+    torch.testing.assert_close(found.double(), _plain(logits, bits), rtol=0, atol=tolerance)
+    between = torch.full_like(bits, 0.3)  # no bits: any target
+    found = runtime.log_prob_of_bits(logits, between)
+    torch.testing.assert_close(found.double(), _plain(logits, between), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("logits", "weight"), [(1.0, 0.1), (30.0, 1.0), (30.0, 15.0), (200.0, 30.0), (1.0, 400.0)])
+@pytest.mark.parametrize("known", [True, False])
+def test_log_ratio_of_bits(logits: float, weight: float, known: bool, dtype: torch.dtype) -> None:
+    x, bits, w = _parts(logits, weight, dtype)
+    change = (1 - 2 * (torch.arange(N * D).reshape(N, D) % 3 == 0).to(dtype)) * 0.5
+    for amount in (change,) if known else (change, change * torch.linspace(0.5, 1.5, D, dtype=dtype)):
+        found = runtime.log_ratio_of_bits(x, amount, w, bits, 0.5 if known else None)
+        moved = torch.addcmul(x.unsqueeze(-2).double(), amount.unsqueeze(-1).double(), w.double())
+        expected = _plain(moved, bits.unsqueeze(-2)) - _plain(x, bits).unsqueeze(-1)
+        scale = J * max(logits, weight)  # of what is summed: rounding errors are of that
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=scale * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("weight", [0.3, 15.0, 100.0])
+@pytest.mark.parametrize("scale", [0.5, 30.0])
+def test_log_ratio_of_class(scale: float, weight: float) -> None:
+    x, _, w = _parts(scale, weight, torch.float64)
+    index, change = torch.arange(N) * 20, 1 - 2 * (torch.arange(N * D).reshape(N, D) % 3 == 0).double()
+    for amount in (change, change * torch.linspace(0.5, 1.5, D, dtype=torch.float64)):
+        found = runtime.log_ratio_of_class(x, amount, w, index)
+        moved = x.unsqueeze(-2) + amount.unsqueeze(-1) * w
+        expected = (moved.log_softmax(-1) - x.log_softmax(-1).unsqueeze(-2))[torch.arange(N), :, index]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision_is_computed_in_single() -> None:
+    x, bits, w = _parts(3.0, 0.2, torch.float32)
+    change = torch.ones(N, D)
+    exact = runtime.log_ratio_of_bits(x, change, w, bits)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(runtime.log_ratio_of_bits(x, change, w, bits), exact)
+    halves = [part.bfloat16() for part in (x, bits, change, w)]
+    x, bits, change, w = (half.float() for half in halves)
+    found = runtime.log_ratio_of_bits(halves[0], halves[2], halves[3], halves[1])
+    torch.testing.assert_close(found, runtime.log_ratio_of_bits(x, change, w, bits))
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_many_rows_of_logits_are_never_written_out(samples: int) -> None:
+    """Below bits: children that are bits, a class of a cross entropy of which one is ignored, pixels of a decoder."""
+    first, second, last = nn.Linear(3, 4).double(), nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, -100, 1, 0])
+
+    def model(x: Tensor, y: Tensor) -> Tensor:
+        z = scg.sample(Bernoulli(logits=first(x)), "z")
+        nll = -Bernoulli(logits=second(z)).log_prob((x[:, :1] > 0).double().expand(-1, 5)).sum(-1)
+        z = scg.sample(Bernoulli(logits=second(z)), "y")
+        return (nll + F.cross_entropy(last(z), y, reduction="none")).mean()
+
+    for estimator in (HNCA(baseline=None), "local_expectation"):
+        compiled = scg.compile(model, estimator=estimator, samples=samples, example_inputs=(x, y))
+        code = str(compiled.code).split("def forward")[1]
+        assert ("log_ratio_of_bits(" in code) and ("log_ratio_of_class(" in code), estimator
+        torch.manual_seed(0)
+        fast = torch.autograd.grad(compiled(x, y), [first.weight, second.weight])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtime, "table_size", lambda change, weight, size: (0.0, 0))
+            torch.manual_seed(0)
+            torch.testing.assert_close(torch.autograd.grad(compiled(x, y), [first.weight, second.weight]), fast)
