@@ -560,6 +560,17 @@ def _slice_scatter(call: Call) -> Any:
     return _with_dims(call, {**changes, 2: ("dim", _negative(dim, base.ndim))})
 
 
+def _class_loss(call: Call) -> Any:
+    """``cross_entropy_loss``, ``nll_loss``… by element: the samples are further rows of the batch."""
+    x, target, weight = call.args[0], call.args[1], call.arg(2, "weight")
+    if call.arg(3, "reduction", 1) != 0 or (weight is not None and weight.dims):
+        raise NoRule
+    own = min(x.ndim - 1, 1)  # of one row alone there is no batch dim
+    rows, wanted = (call.tensor(item, full=True).reshape([-1, *item.shape[own:]]) for item in (x, target))
+    given, kwargs = _rebuild(call, lambda item: item.tensor)
+    return call.invoke(rows, wanted, *given[2:], **kwargs).reshape([*call.sizes, *call.out_shape])
+
+
 def _pad(call: Call) -> Any:
     x: Batched = call.args[0]
     if packet_name(call.op.target) == "constant_pad_nd" or call.arg(2, "mode", "constant") == "constant":
@@ -931,6 +942,7 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **_table("layer_norm rms_norm", _norm_affine(0)),
     **_table("group_norm instance_norm", _norm_affine(1)),
     **_table("embedding", _embedding),
+    **_table("cross_entropy_loss nll_loss nll_loss_nd nll_loss2d", _class_loss),
     **_table("gather scatter scatter_add scatter_reduce", _gather),
     **_table("index_select", _index_select),
     **_table("index", _index),

@@ -44,6 +44,8 @@ def _gather(
     if edge.simple:
         kept = [axis for axis in edge.axes if axis is not None]
         over = [lead + axis for axis in range(ndim) if axis not in kept]
+        if over and ndim == len(elements) and all(axis in (None, dim) for dim, axis in enumerate(edge.axes)):
+            return tensor.sum(over, keepdim=True)
         if over:
             tensor = whole(tensor, over)
         rank = {axis: i for i, axis in enumerate(sorted(kept))}

@@ -75,7 +75,7 @@ class Peephole:
             made = {key: kwargs.get(key) or getattr(first, key) for key in ("dtype", "device")}
             return self._table(torch.tensor, (_FILLED[name],), made)
         if name == "__getitem__" and type(args[1]) is int and args[1] == 0 and id(first) in self._unsqueezed:
-            return self._unsqueezed[id(first)]
+            return self._recorder.handed_out(self._unsqueezed[id(first)])
         if name == "__getitem__":
             return self._all_rows(first, args[1])
         if (filled := self._of_filled(func, name, args, kwargs)) is not None:
@@ -93,13 +93,17 @@ class Peephole:
         if inner is not None and name in _SUMS:
             return self._recorder.call(torch.neg, self._recorder.call(func, inner, *args[1:], **kwargs))
         if name == "sum" and args[1:] and not kwargs and _adds_nothing(first, *args[1:]):
-            return first if args[2:] == (True,) else self._recorder.call(Tensor.squeeze, first, args[1])
+            return (
+                self._recorder.handed_out(first)
+                if args[2:] == (True,)
+                else self._recorder.call(Tensor.squeeze, first, args[1])
+            )
         if name == "sum" and id(first) in self._cross_entropy:
             return self._sum_of_bits(first, args[1:], kwargs)
         if kwargs:
             return None
         if name == "detach" and not first.requires_grad:
-            return first
+            return self._recorder.handed_out(first)
         return first if _moves_nothing(name, first, args[1:]) else None
 
     def recorded(self, name: str, args: Any, out: Any) -> None:
@@ -114,6 +118,16 @@ class Peephole:
             number = _FILLED.get(name) if len(args) == 1 else args[1]
             if isinstance(number, (int, float)) and not out.requires_grad:
                 self._filled[id(out)] = (args[0], number)
+        if name == "expand":
+            self._expanded[id(out)] = args[0]
+        elif name == "addcmul" and len(args) == 3 and not out.requires_grad and _is_rank_one(*args):
+            self._rank_one[id(out)] = args
+        elif name == "__getitem__" and args[1] is None:
+            self._unsqueezed[id(out)] = args[0]
+        elif name == "binary_cross_entropy_with_logits" and not out.requires_grad and out.dtype in _PRECISE:
+            logits, targets, *rest = args
+            if rest == [None, None, 0] and out.dim() and id(targets) in self._expanded:
+                self._cross_entropy[id(out)] = logits, self._expanded[id(targets)]
 
     def forget(self, tensor: Tensor) -> None:
         """Takes note that ``tensor`` was written into."""
@@ -122,9 +136,11 @@ class Peephole:
             key: found for key, found in self._normalizers.items() if key != id(tensor) and found[0] is not tensor
         }
         self._filled.pop(id(tensor), None)
-        for table in (self._expanded, self._unsqueezed, self._rank_one, self._cross_entropy):
-            for key in [key for key, of in table.items() if key == id(tensor) or any(part is tensor for part in (of if isinstance(of, tuple) else (of,)))]:
-                del table[key]
+        tables: list[dict[int, Any]] = [self._expanded, self._unsqueezed, self._rank_one, self._cross_entropy]
+        for table in tables:
+            for key, of in list(table.items()):
+                if key == id(tensor) or any(part is tensor for part in (of if isinstance(of, tuple) else (of,))):
+                    del table[key]
 
     def _of_filled(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         """The result of a call on tensors that hold one number, without them; None where there are none."""
@@ -163,16 +179,6 @@ class Peephole:
     def _call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         made: Tensor = self._recorder.call(func, *args, **kwargs)
         return made
-        elif name == "expand":
-            self._expanded[id(out)] = args[0]
-        elif name == "addcmul" and len(args) == 3 and not out.requires_grad and _is_rank_one(*args):
-            self._rank_one[id(out)] = args
-        elif name == "__getitem__" and args[1] is None:
-            self._unsqueezed[id(out)] = args[0]
-        elif name == "binary_cross_entropy_with_logits" and not out.requires_grad and out.dtype in _PRECISE:
-            logits, targets, *rest = args
-            if rest == [None, None, 0] and out.dim() and id(targets) in self._expanded:
-                self._cross_entropy[id(out)] = logits, self._expanded[id(targets)]
 
     def _sum_of_bits(self, entropy: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         named = dict(zip(("dim", "keepdim"), args, strict=False)) | kwargs

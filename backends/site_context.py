@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Bernoulli, Distribution
 
 from scg.backends import runtime
 from scg.backends.batching import Batched
@@ -17,7 +19,7 @@ from scg.backends.recorder import compile_time, record_call, record_constant
 from scg.backends.reruns import as_drawn, rerun
 from scg.backends.single_changes import changed_signal
 from scg.estimators.base import Hindsight, Rerun, RowEstimator, SiteInfo
-from scg.ir import Input, Sample
+from scg.ir import Input, LogProb, Sample
 
 if TYPE_CHECKING:
     from scg.backends.lowering import Interpreter
@@ -63,10 +65,50 @@ class Context:
 
     def score_times(self, multiplier: Tensor) -> Tensor:
         multiplier = multiplier.detach()
-        score = self.log_prob
+        bits = None if self._reads_log_prob else self._bits
+        score = self.log_prob if bits is None else self.value
         lead = len(self.dims)
         flat = [axis for axis in range(lead, score.dim()) if multiplier.shape[axis] == 1 and score.shape[axis] > 1]
-        return multiplier * (score.sum(flat, keepdim=True) if flat else score)
+        if bits is None:
+            return multiplier * (score.sum(flat, keepdim=True) if flat else score)
+        term = (multiplier * (score - bits.mean)).detach() * bits.logits
+        return term.sum(flat, keepdim=True) if flat else term
+
+    def score_mix(self, outcomes: Tensor, weights: Tensor, of_draw: Tensor | None = None) -> Tensor:
+        weights = weights.detach()
+        if bits := self._bits:
+            score, change = self.value - bits.mean, outcomes - self.value
+            score = score if of_draw is None else score * of_draw.detach()
+            if len(outcomes) == 1:
+                return torch.addcmul(score, weights, change).squeeze(0) * bits.logits
+            return (score + (weights * change).sum(0)).detach() * bits.logits
+        score = self.log_prob if of_draw is None else self.log_prob * of_draw.detach()
+        others = torch.where(weights != 0, self.log_prob_of(outcomes) - self.log_prob, 0.0)  # an impossible one: -inf
+        return score + (weights * others).sum(0)
+
+    def log_odds(self, outcomes: Tensor) -> Tensor:
+        if bits := self._bits:
+            return (outcomes - self.value) * bits.logits.detach()
+        return (self.log_prob_of(outcomes) - self.log_prob).detach()
+
+    @functools.cached_property
+    def _bits(self) -> Bits | None:
+        """Of bits given by their logits: whose score is ``z - mean`` in these, with no log density to be computed.
+
+        A term's value does not count, and in the plain program nothing but its first derivative does.
+        """
+        template = self.site.template
+        if template.cls is not Bernoulli or template.names != ("logits",) or self._of.order > 1 or self._of.rerunning:
+            return None
+        (logits,) = self._params
+        mean = Batched(torch.sigmoid(logits.tensor).detach(), logits.dims)  # that of the draw
+        return Bits(self._placed(logits), self._placed(mean))
+
+    @property
+    def _reads_log_prob(self) -> bool:
+        """Whether the program computes the draw's log density anyway."""
+        nodes = self._of.graph.of(LogProb)
+        return any(node.dist == self._site.dist and node.value == self._site.name for node in nodes)
 
     def log_prob_of(self, values: Tensor) -> Tensor:
         return self.dist.log_prob(values)
@@ -161,6 +203,15 @@ class Context:
         if len(wrt) == 1:
             return [self.gradient(scalar, wrt[0], differentiable=differentiable)]
         return record_call(InputGradients(differentiable), scalar, [*wrt])  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The parameters of Bernoulli draws, ``[*dims | *elements]`` up to broadcasting."""
+
+    logits: Tensor
+    mean: Tensor
+    """Detached."""
 
 
 class Variable:

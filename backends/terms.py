@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,7 @@ def total_of(parts: Sequence[Weighted]) -> Tensor | None:
     for factor, tensors in groups.items():
         if len(tensors) >= MANY:
             tensors = [torch.cat([tensor.reshape(-1) for tensor in tensors])]
-        for tensor in tensors:
-            value = tensor.sum() if tensor.dim() else tensor
-            value = value if factor == 1.0 else value * factor
-            total = value if total is None else total + value
+        value = functools.reduce(torch.add, [tensor.sum() if tensor.dim() else tensor for tensor in tensors])
+        value = value if factor == 1.0 else value * factor
+        total = value if total is None else total + value
     return total

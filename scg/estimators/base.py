@@ -308,7 +308,22 @@ class SiteContext(Protocol):
         """Detached credited cost-to-go, of size 1 along elements where it does not vary.  ``[*dims | *elements]``"""
 
     def score_times(self, multiplier: Tensor) -> Tensor:
-        """``multiplier * log_prob``, summed first along elements where the multiplier does not vary."""
+        """A term with the gradient of ``multiplier * log_prob``, summed along elements where that does not vary.
+
+        Its value is not that of the product where another has the same gradient and costs less.
+        """
+
+    def score_mix(self, outcomes: Tensor, weights: Tensor, of_draw: Tensor | None = None) -> Tensor:
+        """A term with the gradient of ``of_draw * log_prob + sum_r weights * (log p(outcomes) - log_prob)``.
+
+        Args:
+            outcomes: ``[R, *dims | *elements | *event]``.
+            weights: ``[R, *dims | *elements]``, zero for what is impossible.
+            of_draw: broadcastable to ``[*dims | *elements]``; one if not given.
+        """
+
+    def log_odds(self, outcomes: Tensor) -> Tensor:
+        """Log probability of other outcomes less that of the draw, detached.  ``[R, *dims | *elements]``"""
 
     def log_prob_of(self, values: Tensor) -> Tensor:
         """Of other outcomes ``[R, *dims | *elements | *event]``.  ``[R, *dims | *elements]``"""

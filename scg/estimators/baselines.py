@@ -180,16 +180,14 @@ class RunningMean(nn.Module):
 
     def read(self) -> Tensor:
         """The mean of earlier steps, zero before the first.  ``[*elements]`` with size 1 along the data batch"""
-        return self.total / torch.where(self.weight > 0, self.weight, torch.ones_like(self.weight))
+        return self.total / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
 
     def update(self, cost: Tensor) -> None:
         """Takes in one step's signal ``[*dims | *elements]``."""
         keep = len(self.shape)
-        full = torch.broadcast_shapes(tuple(cost.shape[cost.dim() - keep :]), self.shape)
         lead = cost.dim() - keep
         over = [*range(lead), *(lead + i for i in range(keep) if self.shape[i] == 1)]
-        mean = cost.expand([*cost.shape[:lead], *full])
-        if over:
-            mean = mean.mean(over, keepdim=True).reshape(self.shape)
-        self.total.mul_(self.decay).add_(mean.to(self.total.dtype), alpha=1 - self.decay)
+        mean = cost.mean(over, keepdim=True) if over else cost
+        mean = mean.reshape(mean.shape[lead:])  # of size 1 along elements where the signal does not vary
+        self.total.lerp_(mean.to(self.total.dtype), 1 - self.decay)
         self.weight.mul_(self.decay).add_(1 - self.decay)

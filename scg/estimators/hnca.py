@@ -49,27 +49,35 @@ class HNCA(ScoreFunction, RerunEstimator):
 
     def term(self, context: SiteContext) -> Tensor:
         outcomes = other_outcomes(context)
-        seen, others = context.hindsight(outcomes), context.log_prob_of(outcomes)  # [S-1, *dims | *elements]
-        total: Tensor | None = None
-        if seen.alone is not None:
-            p = others.exp()
-            total = (p * torch.where(p > 0, seen.alone, 0.0)).sum(0)
-        if seen.later is None:
-            assert total is not None
-            return total
-        assert seen.log_ratio is not None
-        log_p = torch.cat([context.log_prob.unsqueeze(0), others])  # [S, …], the draw first
-        ratio = torch.cat([torch.zeros_like(others[:1]), seen.log_ratio.expand_as(others)])
-        posterior = (log_p + ratio).detach().softmax(0)
-        later = _Later(context, seen.later)
-        advantage = self._baseline(later).advantage(later).unsqueeze(0)
-        if seen.gain is not None:
-            gain = seen.gain.expand_as(others)
-            advantage = advantage + torch.cat([torch.zeros_like(gain[:1]), gain])
-        possible = posterior > 0
-        weight = torch.where(possible, posterior * advantage, 0.0).detach()
-        term = (weight * torch.where(possible, log_p, 0.0)).sum(0)
-        return term if total is None else total + term
+        seen, odds = context.hindsight(outcomes), context.log_odds(outcomes)  # [S-1, *dims | *elements]
+        term: Tensor | None = None
+        if seen.alone is not None:  # p(v) Q(v), of which a constant part has no gradient
+            weights = _times(_shares(odds), seen.alone)
+            term = context.score_mix(outcomes, weights, weights.sum(0))
+        if seen.later is not None:
+            assert seen.log_ratio is not None
+            posterior = _shares(odds + seen.log_ratio)
+            later = _Later(context, seen.later)
+            advantage = self._baseline(later).advantage(later).detach()
+            part = advantage * context.score_mix(outcomes, posterior)
+            if seen.gain is not None:
+                weights = _times(posterior, seen.gain)
+                part = part + context.score_mix(outcomes, weights, weights.sum(0))
+            term = part if term is None else term + part
+        assert term is not None
+        return term
+
+
+def _shares(odds: Tensor) -> Tensor:
+    """Probabilities of the outcomes that were not drawn, from their log odds to the draw.  ``[S-1, …]``"""
+    if len(odds) == 1:
+        return odds.sigmoid()
+    return torch.cat([torch.zeros_like(odds[:1]), odds]).softmax(0)[1:]
+
+
+def _times(share: Tensor, gain: Tensor) -> Tensor:
+    """What a cost changes by at an impossible outcome does not count, be it infinite."""
+    return torch.where(share > 0, share * gain, 0.0)
 
 
 class _Later:

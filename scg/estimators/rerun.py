@@ -20,7 +20,7 @@ def other_outcomes(context: SiteContext) -> Tensor:
     assert support is not None
     count = len(support)
     if count == 2 and event == 0:
-        return (support.sum() - value)[None]
+        return (context.constant(support.sum) - value)[None]
     steps = torch.arange(1, count, device=value.device)
     return support[(drawn_index(context) + steps.reshape([-1, *[1] * (value.dim() - event)])) % count]
 

@@ -191,7 +191,7 @@ def test_a_last_layer_is_summed_as_by_local_expectation() -> None:
 
 
 def test_only_what_lies_before_the_next_layer_is_evaluated() -> None:
-    """One linear layer a layer, evaluated once: rows are rank-one updates, and deeper layers have none."""
+    """One linear layer a layer, evaluated once: the likelihood of the next one moves with its weights alone."""
     first, second, third = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 1)
 
     def loss(x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def test_only_what_lies_before_the_next_layer_is_evaluated() -> None:
     assert compiled._latest is not None
     calls = [str(node.target) for node in compiled._latest.program.module.graph.nodes]
     assert sum("linear" in call for call in calls) == 3
-    assert sum("addcmul" in call for call in calls) == 1
+    assert sum("log_ratio_of_bits" in call for call in calls) == 1
     assert sum("bernoulli" in call for call in calls) == 2
 
 
