@@ -43,7 +43,7 @@ _LARGEST_TABLE = 1024
 
 
 class Peephole:
-    """Remembers what the recorded calls so far have negated, normalised, filled, or made to be joined with a later one."""
+    """Remembers what the recorded calls so far have negated, normalised, filled, or made for a later one to join."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
