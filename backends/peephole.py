@@ -242,7 +242,8 @@ class Peephole:
 def _adds_nothing(tensor: Tensor, dim: Any, keepdim: bool = False) -> bool:
     """Whether a sum goes along dims of size 1 alone."""
     over = [dim] if isinstance(dim, int) else dim
-    return tensor.is_floating_point() and bool(over) and all(tensor.shape[axis] == 1 for axis in over)
+    many = tensor.is_floating_point() and tensor.dim() > 0 and bool(over)
+    return many and all(tensor.shape[axis] == 1 for axis in over)
 
 
 def _is_rank_one(before: Tensor, change: Tensor, weight: Tensor) -> bool:
