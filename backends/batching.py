@@ -469,8 +469,9 @@ def _view(call: Call) -> Any:
 
 
 def _expand(call: Call) -> Any:
-    x: Batched = call.args[0]
-    return call.tensor(x, len(call.out_shape)).expand([*call.sizes, *call.out_shape])
+    x: Batched = call.args[0]  # ``expand_as`` reads the shape of the other one alone
+    aligned = call.dims.align(x, x.dims, len(call.out_shape))
+    return Batched(aligned.expand([*call.dims.sizes(x.dims), *call.out_shape]), x.dims)
 
 
 def _permute(call: Call) -> Any:

@@ -1,6 +1,7 @@
 """Normalization: one way to write each thing, before any analysis looks at the graph.
 
-trace → functionalize → split_independent → unfuse_losses → fold_constants → share → eliminate_dead_code
+trace → functionalize → split_independent → unfuse_losses → choose_masked → fold_constants → share →
+eliminate_dead_code
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from scg.ir import Dist, Graph, LogProb, Ref, Sample
+from scg.ir import Dist, Graph, LogProb, Op, Ref, Sample
 from scg.passes.clean import eliminate_dead_code, share
 from scg.passes.fold import fold_constants
 from scg.passes.functionalize import functionalize
@@ -53,6 +54,36 @@ def split_independent(graph: Graph) -> Graph:
     return new.finish()
 
 
+def choose_masked(graph: Graph) -> Graph:
+    """Replaces a number written under a mask by a choice, element by element.
+
+        before   %y = op f32[128, 10]  index_put(%x, [%mask], %number)
+        after    %y = op f32[128, 10]  where(%mask, %number, %x)
+
+    So torch writes the edges of its divergences; rows of samples go through a choice as one.
+    """
+    new = Rewriter(graph)
+    for node in graph:
+        if isinstance(node, Op) and (operands := _masked_number(graph, node)) is not None:
+            x, mask, number = map(new.read, operands)
+            new.op(aten.where.self, mask, number, x, at=node, name=node.name, type=node.type)
+        else:
+            new.keep(node)
+    return new.finish()
+
+
+def _masked_number(graph: Graph, node: Op) -> tuple[Ref, Ref, Ref] | None:
+    if node.target is not aten.index_put.default:
+        return None
+    x, indices, number, *accumulate = node.args
+    if len(indices) != 1 or any(accumulate) or node.kwargs or not all(isinstance(r, Ref) for r in (*indices, number)):
+        return None
+    kept, mask, value = (graph[ref].tensor for ref in (x, *indices, number))
+    if mask.dtype != torch.bool or mask.shape != kept.shape or value.shape or value.dtype != kept.dtype:
+        return None
+    return x, indices[0], number
+
+
 def _reinterpreted(template: Template) -> int:
     """How many batch dims of the innermost base are event dims."""
     return len(_base(template).batch_shape) - len(template.batch_shape)
@@ -87,6 +118,7 @@ NORMALIZE: tuple[Callable[[Graph], Graph], ...] = (
     functionalize,
     split_independent,
     unfuse_losses,
+    choose_masked,
     fold_constants,
     share,
     eliminate_dead_code,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributions import Bernoulli, Categorical, Geometric, Normal
+from torch.distributions import Bernoulli, Categorical, Geometric, Normal, kl_divergence
 
 import scg
 from scg.backends.recorder import Recorder
@@ -111,3 +111,15 @@ def test_a_filled_tensor_is_a_number_until_it_is_written_into() -> None:
     for name, constant in recorder.constants.items():
         root.register_buffer(name, constant)
     torch.testing.assert_close(fx.GraphModule(root, recorder.graph)(x), calls(x))
+
+
+def test_a_divergence_is_summed_once_for_all_draws() -> None:
+    weight, prior = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(3))
+
+    def model(x: Tensor) -> Tensor:
+        q = Bernoulli(logits=x @ weight)
+        z = q.sample()
+        return (z.sum(-1) ** 2 + kl_divergence(q, Bernoulli(logits=prior.expand_as(z))).sum(-1)).mean()
+
+    code = _code(model, torch.ones(5, 4), estimator="score_function", samples=7)
+    assert "mapped" not in code and ".expand([5, 3])" in code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from torch.distributions import (
 )
 
 from scg.ir import Dist, Graph, LogProb, Node, Op, Param, Ref, Sample, TensorType
-from scg.passes.normalize import normalize, split_independent
+from scg.passes.functionalize import functionalize
+from scg.passes.normalize import choose_masked, normalize, split_independent
 from scg.passes.rewriter import type_of
 from scg.template import flatten
 from scg.verifier import verify
-from tests.passes.tools import names
+from tests.passes.tools import check_rewrite, names
 
 aten = torch.ops.aten
 
@@ -123,3 +125,23 @@ def test_normalize_is_idempotent_and_leaves_its_input_alone() -> None:
     assert normalize(normal) == normal
     assert str(graph) == before
     assert names(normal) == ["sum.dim_IntList", "sum"]
+
+
+def _written(x: Tensor, mask: Tensor, number: Tensor | float) -> Tensor:
+    y = x * 2
+    y[mask] = number
+    return y.sum() + y.square().sum()
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.7, dtype=torch.float64, requires_grad=True), 0.3])
+def test_a_number_written_under_a_mask_is_a_choice(number: Tensor | float) -> None:
+    x, mask = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.rand(3, 4) < 0.5
+    graph = check_rewrite(lambda g: choose_masked(functionalize(g)), partial(_written, number=number), x, mask)
+    writes = [node.target for node in graph.of(Op) if "where" in node.op_name or "put" in node.op_name]
+    assert writes == [aten.where.self]
+
+
+def test_other_writes_stay_as_they_are() -> None:
+    x, rows = torch.randn(3, 4, requires_grad=True), torch.tensor([True, False, True])
+    graph = check_rewrite(lambda g: choose_masked(functionalize(g)), partial(_written, number=0.3), x, rows)
+    assert aten.where.self not in {node.target for node in graph.of(Op)}
