@@ -46,7 +46,8 @@ class StochasticAD(RerunEstimator):
         rate = rate.expand(context.value.shape)
         positive = sum_joined(context, rate) > 0  # else nothing can jump: any element will do
         chosen = pick(context, torch.where(positive, rate, 1.0))
-        found = context.rerun(torch.where(chosen, context.value + step, context.value).unsqueeze(0))
+        jumps = chosen & (rate > 0)  # beyond its support an outcome may have no density
+        found = context.rerun(torch.where(jumps, context.value + step, context.value).unsqueeze(0))
         gain = torch.where(chosen, found.signal[0] - context.signal, 0.0)
         return parameter * (sum_joined(context, rate) * gain).detach()
 
