@@ -17,7 +17,7 @@ from torch.distributions import Bernoulli
 
 import scg
 from benchmarks import chain, layers, tokens, vae
-from benchmarks.by_hand import CASES, Case
+from benchmarks.by_hand import CASES
 from benchmarks.measure import (
     Paired,
     Step,
@@ -185,31 +185,33 @@ def bench_startup(quick: bool, inductor: bool) -> Iterator[tuple[str, str, str]]
 def bench_estimators(quick: bool, inductor: bool) -> Iterator[tuple[str, ...]]:
     """Each estimator against itself by hand, in processor time, which is what other programs disturb least."""
     for name, case in CASES.items():
-        images = (torch.rand(case.batch, 20 if quick else 784) < 0.3).float()
+        model = case.model(*case.small) if quick else case.model()
+        batch = case.inputs(model, case.batch)
         pairs = 3 if quick else 60
         yield (
             f"`{name}`",
             case.model.__name__,
-            str(against_itself(name, case, images, pairs)),
-            against_itself_fused(name, case, images, pairs) if inductor else "not measured",
+            str(against_itself(name, model, batch, pairs)),
+            against_itself_fused(name, model, batch, pairs) if inductor else "not measured",
         )
 
 
-def against_itself(name: str, case: Case, images: Tensor, pairs: int, fused: bool = False) -> Paired:
+def against_itself(name: str, model: nn.Module, batch: tuple[Tensor, ...], pairs: int, fused: bool = False) -> Paired:
     """The compiled step and the hand-written one, both eager or both ``fused`` by inductor."""
-    model = case.model(images.shape[-1])
-    backend = "inductor" if fused else "eager"
-    compiled = scg.compile(model, estimator=name, samples=case.samples, backend=backend, example_inputs=(images,))
+    case, backend = CASES[name], "inductor" if fused else "eager"
+    compiled = scg.compile(
+        model, estimator=case.estimator or name, samples=case.samples, backend=backend, example_inputs=batch
+    )
     by_hand = torch.compile(case.by_hand, fullgraph=True) if fused else case.by_hand
     state = compiled.estimators["z"] if "z" in compiled.estimators else None
-    ours = training_step(lambda: compiled(images), compiled)
-    hand = training_step(lambda: by_hand(model, images, state), compiled)
+    ours = training_step(lambda: compiled(*batch), compiled)
+    hand = training_step(lambda: by_hand(model, *batch, state), compiled)
     return paired(ours, hand, pairs, clock=time.process_time)
 
 
-def against_itself_fused(name: str, case: Case, images: Tensor, pairs: int) -> str:
+def against_itself_fused(name: str, model: nn.Module, batch: tuple[Tensor, ...], pairs: int) -> str:
     try:
-        return str(against_itself(name, case, images, pairs, fused=True))
+        return str(against_itself(name, model, batch, pairs, fused=True))
     except scg.ScgError:
         return "eager only"
     except torch._dynamo.exc.TorchDynamoException:

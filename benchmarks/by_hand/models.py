@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Normal
 
+import scg
+from benchmarks.tokens import Policy
+
 
 class Bits(nn.Module):
     """A VAE with a layer of bits."""
@@ -16,11 +19,22 @@ class Bits(nn.Module):
         self.encoder = nn.Linear(pixels, bits)
         self.decoder = nn.Sequential(nn.Linear(bits, hidden), nn.Tanh(), nn.Linear(hidden, pixels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def costs(self, x: Tensor) -> Tensor:
+        """Of each image."""
         q = Bernoulli(logits=self.encoder(x))
         z = q.sample()
         nll = -Bernoulli(logits=self.decoder(z)).log_prob(x).sum(-1)
-        return (nll + q.log_prob(z).sum(-1)).mean()
+        return nll + q.log_prob(z).sum(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.costs(x).mean()
+
+
+class BitsBound(Bits):
+    """Its importance-weighted bound."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scg.multisample(self.costs(x)).mean()
 
 
 class FewBits(Bits):
@@ -55,12 +69,23 @@ class Gaussian(nn.Module):
         self.loc, self.scale = nn.Linear(pixels, latents), nn.Linear(pixels, latents)
         self.decoder = nn.Sequential(nn.Linear(latents, hidden), nn.Tanh(), nn.Linear(hidden, pixels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def costs(self, x: Tensor) -> Tensor:
+        """Of each image."""
         q = Normal(self.loc(x), F.softplus(self.scale(x)))
         z = q.sample()
         nll = -Bernoulli(logits=self.decoder(z)).log_prob(x).sum(-1)
         prior = Normal(torch.zeros_like(z), torch.ones_like(z))
-        return (nll + (q.log_prob(z) - prior.log_prob(z)).sum(-1)).mean()
+        return nll + (q.log_prob(z) - prior.log_prob(z)).sum(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.costs(x).mean()
+
+
+class GaussianBound(Gaussian):
+    """Its importance-weighted bound."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scg.multisample(self.costs(x)).mean()
 
 
 class Layers(nn.Module):
@@ -74,3 +99,12 @@ class Layers(nn.Module):
         z = Bernoulli(logits=self.lower(x)).sample()
         y = Bernoulli(logits=self.upper(z)).sample()
         return -Bernoulli(logits=self.out(y)).log_prob(x).sum(-1).mean()
+
+
+class Tokens(Policy):
+    """The token policy with what was logged when its answers were drawn, which estimators read by name."""
+
+    def forward(  # type: ignore[override]
+        self, prompt: Tensor, tokens: Tensor, mask: Tensor, reward: Tensor, behaviour: Tensor, lengths: Tensor
+    ) -> Tensor:
+        return super().forward(prompt, tokens, mask, reward)

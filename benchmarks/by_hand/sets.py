@@ -65,3 +65,31 @@ def sum_and_sample(model: Mixture, x: Tensor, state: Any) -> Tensor:
         weight = torch.stack([log_s[0].exp() / len(x), rest])
         advantage = rest * (f[1] - f[0])  # that of the most probable one is zero
     return (weight * f).sum() + (advantage * log_s[1]).sum()
+
+
+def mapo(model: Mixture, x: Tensor, state: Any) -> Tensor:
+    """Four remembered outcomes and two proposals; ``state`` holds the outcomes of the lowest cost."""
+    log_p = torch.log_softmax(model.gate(x), -1)
+    filled = state.filled.view(-1)
+    with torch.no_grad():
+        known = state.outcomes.view(-1, 1).expand(-1, len(x))  # [4, B]
+        drawn = torch.multinomial(log_p.exp().repeat_interleave(2, 0), 1).view(-1, 2).T  # [2, B]
+        index = torch.cat([known, drawn])
+    log_s = log_p.gather(-1, index.T).T  # [6, B]
+    f = pixels(model.out(torch.tanh(model.table[index] + model.skip(x))), x) + log_s
+    with torch.no_grad():
+        p = log_s[:4].exp() * filled.unsqueeze(-1)
+        total = p.sum(0)
+        outside = ~((drawn.unsqueeze(1) == known) & filled.unsqueeze(-1)).any(1)  # [2, B]
+        accepted = outside / (outside.sum(0).clamp(min=1) * (1 + total))  # (1 - total) / (1 - total^2)
+        weight = torch.cat([p, accepted]) / len(x)
+        baseline = (p * f[:4]).sum(0) / torch.where(total > 0, total, 1.0)
+        advantage = weight * (f - baseline)
+        best = f.new_full((log_p.shape[-1],), torch.inf)  # the lowest cost of each outcome
+        held = torch.cat([filled, filled.new_ones(2)])
+        best.scatter_reduce_(0, index[held].flatten(), f[held].flatten(), "amin")
+        costs, outcomes = best.topk(4, largest=False)
+        state.outcomes.copy_(outcomes.view_as(state.outcomes))
+        state.costs.copy_(costs.view_as(state.costs))
+        state.filled.copy_(costs.isfinite().view_as(state.filled))
+    return (weight * f).sum() + (advantage * log_s).sum()
