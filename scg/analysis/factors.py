@@ -231,14 +231,18 @@ class _Space:
         seen = frozenset().union(*(found.sites(leaf) for leaf in leaves))
         self.sites = {name: site for name, site in sites.items() if name in seen}
         wide = {name: _wide_dims(site) for name, site in self.sites.items()}
+        parents = {leaf: self.direct[leaf] for leaf in leaves} | {name: self.direct[sites[name].dist] for name in sites}
         self.links = [
             ((name, dim), other, relation.tied(dim))
-            for other in (*leaves, *sites)
-            for name, relation in found.related(other).items()
-            if other != name
-            for dim in wide.get(name, ())
+            for other, above in parents.items()
+            for name in sorted(above & self.sites.keys())
+            if (relation := found.relation(other, name)) is not None
+            for dim in wide[name]
         ]
-        """Element dims of sites, the nodes below them, and those nodes' dims that they are tied to."""
+        """Element dims of sites, the nodes just below them, and those nodes' dims that they are tied to.
+
+        What is further below is tied through the sites between: no site outside lies below one inside.
+        """
         self.joined: set[Dim] = set()
         """Element dims of sites whose elements' rows are joint."""
 
