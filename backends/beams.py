@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from scg.analysis.influence import Influence
-from scg.backends.batching import Batched, SampleDims
 from scg.backends.recorder import compile_time, record_constant
+from scg.backends.sample_dims import Batched, SampleDims
 from scg.estimators.frames import Frame
 
 

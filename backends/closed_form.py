@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from scg.backends.batching import Batched
+from scg.backends.sample_dims import Batched
 from scg.ir import Expected
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from scg.analysis.edges import element_edge
-from scg.backends.batching import Batched
 from scg.backends.credit_sums import credit_sum
 from scg.backends.recorder import compile_time
+from scg.backends.sample_dims import Batched
 from scg.estimators.base import Predicts
 from scg.ir import CreditEdge, Sample
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from scg.analysis.bounds import tied_axes
 from scg.backends import runtime
-from scg.backends.batching import Batched
 from scg.backends.credit_sums import credit_sum
 from scg.backends.recorder import compile_time, record_call
+from scg.backends.sample_dims import Batched
 from scg.errors import EstimatorError
 from scg.estimators.base import PathwiseEstimator
 from scg.ir import Bound, CreditEdge, Sample

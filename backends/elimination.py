@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from scg.analysis.factors import plates_of, summed_along
-from scg.backends.batching import Batched, SampleDims, stop_gradient
 from scg.backends.recorder import narrowest
+from scg.backends.sample_dims import Batched, SampleDims, stop_gradient
 from scg.backends.terms import MANY
 from scg.ir import Marginal
 

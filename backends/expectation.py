@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from scg.analysis.influence import Influence, Relation
-from scg.backends.batching import Batched, SampleDims, stop_gradient
 from scg.backends.beams import Layout
 from scg.backends.recorder import compile_time, record_constant
+from scg.backends.sample_dims import Batched, SampleDims, stop_gradient
 from scg.ir import Dist, Graph, Sample
 
 

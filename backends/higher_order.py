@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from scg.backends.batching import Batched
 from scg.backends.credit_sums import spread
 from scg.backends.lowering import Interpreter
+from scg.backends.sample_dims import Batched
 from scg.backends.terms import Weighted, total_of
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Sample

@@ -18,10 +18,10 @@ from torch.distributions import Bernoulli
 
 from scg.analysis.edges import element_edge
 from scg.analysis.influence import Relation
-from scg.backends.batching import Batched, stop_gradient
 from scg.backends.linear_rows import product_of
 from scg.backends.log_ratio import LOG_RATIO_OF_BITS
 from scg.backends.recorder import compile_time, record_call
+from scg.backends.sample_dims import Batched, stop_gradient
 from scg.backends.single_changes import Part, Rows, SingleChanges
 from scg.errors import EstimatorError
 from scg.estimators.base import EnumeratingEstimator, Hindsight, PathwiseEstimator, RowEstimator

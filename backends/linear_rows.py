@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scg.backends.batching import Batched, SampleDims
 from scg.backends.log_ratio import LOG_RATIO_OF_CLASS
 from scg.backends.recorder import compile_time, record_call, record_constant
+from scg.backends.sample_dims import Batched, SampleDims
 from scg.ir import Graph, Op, Ref
 from scg.operations import bind, is_linear, lookup, packet_name
 

@@ -25,7 +25,7 @@ from torch.distributions.constraints import Constraint
 from scg.analysis.factors import elimination_plan
 from scg.analysis.influence import Influence, influence
 from scg.analysis.support import site_support
-from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, Value, check_shape, stop_gradient
+from scg.backends.batching import Batcher, check_shape
 from scg.backends.beams import Layout, Lineage, Rows
 from scg.backends.closed_form import closed_form
 from scg.backends.coefficients import Coefficient, CoefficientRule
@@ -37,6 +37,7 @@ from scg.backends.multisample import leave_one_out_gain, multisample_bound
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
 from scg.backends.recorder import compile_time, record_call, record_constant
+from scg.backends.sample_dims import Batched, SampleDim, SampleDims, Value, stop_gradient
 from scg.backends.sequence_draw import draw_in_sequence
 from scg.backends.signals import Signals
 from scg.backends.single_draw import SingleDraw

@@ -342,10 +342,10 @@ def active_recorder() -> Recorder | None:
     return next((mode for mode in reversed(stack) if isinstance(mode, Recorder)), None)
 
 
-def record_call(function: Callable[..., Any], *args: Any) -> Any:
+def record_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls ``function`` as one leaf: under a recorder it becomes one call of the generated code."""
     recorder = active_recorder()
-    return function(*args) if recorder is None else recorder.call(function, *args)
+    return function(*args, **kwargs) if recorder is None else recorder.call(function, *args, **kwargs)
 
 
 def narrowest(tensor: Tensor) -> Tensor:

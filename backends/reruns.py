@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, stop_gradient
+from scg.backends.batching import Batcher
+from scg.backends.sample_dims import Batched, SampleDim, SampleDims, stop_gradient
 from scg.estimators.base import Rerun, ScoreEstimator
 from scg.ir import CreditEdge, Sample
 

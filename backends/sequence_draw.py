@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scg.backends.batching import Batched
 from scg.backends.recorder import record_constant
+from scg.backends.sample_dims import Batched
 from scg.errors import EstimatorError
 from scg.estimators.base import SequenceContext, SequenceEstimator
 from scg.estimators.frames import Frame

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scg.backends.batching import Batched, SampleDims
 from scg.backends.coefficients import Coefficient
 from scg.backends.credit_sums import credit_max, credit_sum, running_max
 from scg.backends.expectation import Expectation
 from scg.backends.recorder import compile_time, record_constant
+from scg.backends.sample_dims import Batched, SampleDims
 from scg.ir import Bound, Cost, CreditEdge, Graph, Sample
 
 

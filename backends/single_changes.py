@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from scg.analysis.influence import Influence, Relation
-from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims, stop_gradient
+from scg.backends.batching import Batcher
 from scg.backends.change_levels import Level, largest, levels, positions, readers
 from scg.backends.linear_rows import Change, class_rows, linear_rows
 from scg.backends.recorder import compile_time, record_constant
 from scg.backends.reruns import evaluated_again
+from scg.backends.sample_dims import Batched, SampleDim, SampleDims, stop_gradient
 from scg.ir import CreditEdge, Dist, LogProb, Node, Op, Sample, TensorType
 
 if TYPE_CHECKING:

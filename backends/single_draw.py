@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from scg.backends.batching import Batched
 from scg.backends.closed_form import closed_form
 from scg.backends.doubly import beside_bound
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.recorder import record_call
+from scg.backends.sample_dims import Batched
 from scg.ir import Bound, Cost, Depends, Dist, Expected, LogProb, Marginal, Node, Op, Opaque, Sample, map_refs
 
 if TYPE_CHECKING:

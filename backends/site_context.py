@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution
 
 from scg.backends import runtime
-from scg.backends.batching import Batched
 from scg.backends.cuts import Below, causal_dim, cut_below
 from scg.backends.hindsight import hindsight
 from scg.backends.recorder import compile_time, record_call, record_constant
 from scg.backends.reruns import as_drawn, rerun
+from scg.backends.sample_dims import Batched
 from scg.backends.single_changes import changed_signal
 from scg.estimators.base import Hindsight, Rerun, RowEstimator, SiteInfo
 from scg.ir import Input, LogProb, Sample

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from scg.backends.batching import Batched, Batcher, SampleDim, SampleDims
+from scg.backends.batching import GROUPS, RULES, Batcher
+from scg.backends.sample_dims import Batched, SampleDim, SampleDims
 from scg.ir import Op, map_refs
 from scg.operations import OPERATIONS, is_impure, is_random
-from tests.analysis.examples import Example, examples
+from tests.analysis.examples import ATEN, Example, example, examples, floats
 from tests.analysis.tools import run
 
 DIMS = SampleDims([SampleDim("K", 3, "iid"), SampleDim("r", 2, "enumerated", order=1)])
@@ -94,3 +95,49 @@ def test_batched_equals_a_loop(name: str) -> None:
             except Exception as error:
                 error.add_note(f"{case.op}  with {carried}")
                 raise
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (ATEN.group_norm.default, (floats(4, 4), 2)),  # its first dim is the batch dim, however few there are
+        (ATEN.instance_norm.default, (floats(2, 4, 5), None, None, None, None, True, 0.1, 1e-5, False)),
+        (ATEN.var.default, (floats(4), False)),
+        (ATEN.var.default, (floats(3, 4), True)),
+        (ATEN.std.default, (floats(3, 4), False)),
+        (ATEN.all.default, (floats(),)),
+        (ATEN.any.default, (floats(),)),
+        (ATEN.nansum.default, (torch.tensor(torch.nan),)),
+        (ATEN.matmul.default, (floats(4), floats(2, 4, 3))),
+        (ATEN.matmul.default, (floats(2, 3, 4), floats(4))),
+        (ATEN.linear.default, (floats(4), floats(3, 4), floats(3))),
+        (ATEN.cross_entropy_loss.default, (floats(3), torch.tensor(1), None, 0)),
+        (ATEN.cross_entropy_loss.default, (floats(2, 3, 4), floats(2, 3, 4), floats(3), 0)),
+        (ATEN.lstm_cell.default, (floats(2, 3), [floats(2, 4), floats(2, 4)], floats(16, 3), floats(16, 4))),
+        (ATEN.movedim.intlist, (floats(2, 3), [], [])),
+        (ATEN.conv1d.default, (floats(3, 5), floats(4, 3, 2))),
+    ],
+)
+def test_forms_beside_those_of_the_table(target: Any, args: tuple[Any, ...]) -> None:
+    case = example(target, args, known=False)
+    for carried in _choices(list(case.inputs)):
+        _agree(case, carried)
+
+
+def test_every_operation_has_one_rule() -> None:
+    names = [name for group in GROUPS for names, _ in group for name in names.split()]
+    assert len(names) == len(RULES)
+    assert all(hasattr(ATEN, name) for name in names)
+
+
+def test_a_custom_operator_is_no_aten_operator_of_the_same_name() -> None:
+    @torch.library.custom_op("scg_test::sum", mutates_args=())
+    def twice(x: Tensor, *, by: float) -> Tensor:
+        return x * by
+
+    x = Batched(_vary(floats(4), ("K",)), ("K",))
+    target = torch.ops.scg_test.sum.default
+    for value in (x, Batched(floats(4))):
+        got = Batcher(DIMS).run(Op(name="y", target=target), (value,), {"by": 2.0})
+        assert got.dims == value.dims
+        torch.testing.assert_close(got.tensor, value.tensor * 2)
