@@ -1,7 +1,7 @@
 """Calls that are recorded as simpler ones of the same value.
 
 sum(-x)              ->  -sum(x)        the sum has fewer elements to negate, backward too
--(-x)                ->  x
+-(-x)                ->  x              and x * -1, x / 1, a - (-x), also where the negated is a view of -x
 x.permute(0, 1, 2)   ->  x              likewise movedim that moves nothing
 x.detach()           ->  x              where it has no gradient
 x[None][0]           ->  x
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _NEGATIONS = {"neg", "__neg__", "negative"}
 _SUMS = {"sum", "mean"}
+_VIEWS = {"detach", "reshape", "squeeze", "unsqueeze", "permute", "movedim"}
+_OPPOSITE = {"add": torch.sub, "sub": torch.add}
 _TABLES = {torch.tensor, torch.arange, torch.eye}
 _FILLED = {"ones_like": 1, "zeros_like": 0}
 _FILL = {"ones_like", "zeros_like", "full_like"}
@@ -87,6 +89,8 @@ class Peephole:
             return args[1] if isinstance(args[1], Tensor) and isinstance(args[2], float) else None
         if name == "sub" and len(args) == 2 and not kwargs and self._normalizers.get(id(args[1]), (None,))[0] is first:
             return self._recorder.call(torch.log_softmax, first, self._normalizers[id(args[1])][1])
+        if not kwargs and len(args) == 2 and (opposite := self._opposite(name, first, args[1])) is not None:
+            return opposite
         inner = self._negated.get(id(first))
         if inner is not None and name in _NEGATIONS:
             return inner
@@ -106,10 +110,12 @@ class Peephole:
             return self._recorder.handed_out(first)
         return first if _moves_nothing(name, first, args[1:]) else None
 
-    def recorded(self, name: str, args: Any, out: Any) -> None:
+    def recorded(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Takes note of a call."""
         if name in _NEGATIONS and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self._negated[id(out)] = args[0]
+        elif name in _VIEWS and id(args[0]) in self._negated and out.shape.numel() == args[0].shape.numel():
+            self._negated[id(out)] = self._recorder.call(func, self._negated[id(args[0])], *args[1:], **kwargs)
         if name == "logsumexp" and args[2:] == (True,) and not torch.is_autocast_enabled(out.device.type):
             dims = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
             if len(dims) == 1:
@@ -131,7 +137,12 @@ class Peephole:
 
     def forget(self, tensor: Tensor) -> None:
         """Takes note that ``tensor`` was written into."""
-        self._negated = {key: of for key, of in self._negated.items() if key != id(tensor) and of is not tensor}
+        memory = tensor.untyped_storage()._cdata
+        self._negated = {
+            key: of
+            for key, of in self._negated.items()
+            if key != id(tensor) and of.untyped_storage()._cdata != memory  # it may be a view of it
+        }
         self._normalizers = {
             key: found for key, found in self._normalizers.items() if key != id(tensor) and found[0] is not tensor
         }
@@ -141,6 +152,18 @@ class Peephole:
             for key, of in list(table.items()):
                 if key == id(tensor) or any(part is tensor for part in (of if isinstance(of, tuple) else (of,))):
                     del table[key]
+
+    def _opposite(self, name: str, left: Tensor, right: Any) -> Tensor | None:
+        """The result of a call with one negation less."""
+        if not left.is_floating_point() or (isinstance(right, Tensor) and not right.is_floating_point()):
+            return None
+        if name == "mul" and isinstance(right, (int, float)) and right == -1:
+            return self._call(torch.neg, left)
+        if name in _OPPOSITE and id(right) in self._negated:
+            return self._call(_OPPOSITE[name], left, self._negated[id(right)])
+        if name == "add" and isinstance(right, Tensor) and id(left) in self._negated:
+            return self._call(torch.sub, right, self._negated[id(left)])
+        return None
 
     def _of_filled(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         """The result of a call on tensors that hold one number, without them; None where there are none."""
@@ -168,7 +191,11 @@ class Peephole:
             made = self._call(torch.full_like, like, number, dtype=found.dtype)
             self._filled[id(made)] = (like, number)
             return made
-        if name not in _OF_TWO or len(rest) != 1 or not isinstance(rest[0], Tensor) or rest[0].dtype != of.dtype:
+        if name not in _OF_TWO or len(rest) != 1:
+            return None
+        if not isinstance(rest[0], Tensor):
+            return self._recorder.handed_out(of) if numbers[0] == _NOTHING[name] else None
+        if rest[0].dtype != of.dtype:
             return None
         if torch.broadcast_shapes(of.shape, rest[0].shape) != of.shape:
             return None

@@ -58,6 +58,9 @@ _READABLE: dict[str, Callable[..., Any]] = {
 """Tensor methods written as Python operators in the generated code."""
 
 
+_BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+"""Types of functions whose values are the same whatever has a gradient."""
+
 _PYTHON_METHODS = {func: name for name, func in vars(Tensor).items() if isinstance(func, types.FunctionType)}
 """Tensor methods written in Python, and their names."""
 
@@ -98,6 +101,8 @@ class Recorder(TorchFunctionMode):
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []  # ids are only unique among living objects
         self._shared: dict[Hashable, Any] = {}
+        self._detached: dict[fx.Node, Tensor] = {}
+        """What a result is detached from."""
         self._handed_out: set[int] = set()
         """Ids of results that stand for more than one call."""
         self._constant_of: dict[int, Tensor] = {}
@@ -220,6 +225,9 @@ class Recorder(TorchFunctionMode):
         if key is not None and key in self._shared:
             self._handed_out.add(id(self._shared[key]))
             return self._shared[key]
+        if key is not None and (made := self._made_with_gradient(func, flat, spec)) is not None:
+            self._handed_out.add(id(made))
+            return self._stopped(made)
         with torch._C.DisableTorchFunction():
             out = getattr(func, "fake", func)(*args, **kwargs)
         if not _has_tensor(out):
@@ -238,9 +246,11 @@ class Recorder(TorchFunctionMode):
             return out
         node.meta["effect"] = getattr(func, "effect", False) or (name == "batch_norm" and bool(args[5]))
         out = self._track_all(out, node)
-        self._peephole.recorded(name, args, out)
+        self._peephole.recorded(func, name, args, kwargs, out)
         if key is not None:
             self._shared[key] = out
+        if name == "detach":
+            self._detached[node] = args[0]
         return out
 
     def _property(self, func: Any, args: Any) -> Any:
@@ -286,6 +296,20 @@ class Recorder(TorchFunctionMode):
                     return None
                 parts.append((type(item), item))
         return tuple(parts)
+
+    def _made_with_gradient(self, func: Callable[..., Any], flat: list[Any], spec: Any) -> Tensor | None:
+        """The result of an equal call on what its arguments are detached from: its value is the same."""
+        if not isinstance(func, _BUILT_IN) or any(isinstance(item, Tensor) and item.requires_grad for item in flat):
+            return None
+        sources = [self._detached.get(self.node(item), item) if isinstance(item, Tensor) else item for item in flat]
+        if all(source is item for source, item in zip(sources, flat, strict=True)):
+            return None
+        made = self._shared.get(self._key(func, sources, spec))
+        if not isinstance(made, Tensor):
+            return None
+        memory = made.untyped_storage()._cdata
+        view = any(isinstance(item, Tensor) and item.untyped_storage()._cdata == memory for item in sources)
+        return None if view else made  # of a view there is nothing to share
 
     def _track(self, fake: Tensor, node: fx.Node) -> Tensor:
         self._nodes[id(fake)] = node

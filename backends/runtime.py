@@ -64,10 +64,12 @@ def log_prob_of_bits(logits: Tensor, bits: Tensor) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     size = logits.abs()
-    total = torch.addcmul(size, logits, 1 - 2 * bits).sum(-1) * -0.5  # relu(x) - x b, which is exact for bits
-    for factors in size.sigmoid_().split(112, -1):
-        total = total + factors.prod(-1).log()
-    return total
+    total = torch.addcmul(size, logits, 0.5 - bits, value=2).sum(-1) * -0.5  # relu(x) - x b, which is exact for bits
+    many = size.shape[-1] // 112 * 112
+    factors, rest = size.sigmoid_().split([many, size.shape[-1] - many], -1)
+    if many:
+        total = total + factors.unflatten(-1, (-1, 112)).prod(-1).log().sum(-1)
+    return total + rest.prod(-1).log() if rest.shape[-1] else total
 
 
 def log_ratio_of_bits(

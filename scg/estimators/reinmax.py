@@ -50,4 +50,4 @@ class ReinMax(Relaxation):
         hard = outcomes(dist, shape)
         fixed = logits.detach()
         middle = (noise.soft(fixed / self.temperature) + hard) / 2  # [*shape | *B | *E]
-        return straight_through(hard, 2 * noise.tangent(middle, logits) - noise.tangent(noise.soft(fixed), logits) / 2)
+        return straight_through(hard, noise.heun_tangent(middle, noise.soft(fixed), logits))

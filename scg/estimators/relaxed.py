@@ -79,6 +79,9 @@ class Noise(Protocol):
     def tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
         r""":math:`J(s)\,\ell` with the Jacobian :math:`J(s) = \mathrm{diag}(s) - s s^\top` of the relaxation at s."""
 
+    def heun_tangent(self, middle: Tensor, soft: Tensor, logits: Tensor) -> Tensor:
+        """``2 tangent(middle) - tangent(soft) / 2``."""
+
     def mean_tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
         """The mean of `tangent` over the first dim of ``soft``."""
 
@@ -106,6 +109,9 @@ class _Binary:
 
     def tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
         return soft * (1 - soft) * finite(logits)
+
+    def heun_tangent(self, middle: Tensor, soft: Tensor, logits: Tensor) -> Tensor:
+        return (2 * middle * (1 - middle) - soft * (1 - soft) / 2) * finite(logits)
 
     def mean_tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
         return (soft * (1 - soft)).mean(0) * finite(logits)  # the copies have no gradient: averaged first
@@ -136,6 +142,9 @@ class _OneHot:
     def tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
         logits = finite(logits)
         return soft * (logits - (soft * logits).sum(-1, keepdim=True))
+
+    def heun_tangent(self, middle: Tensor, soft: Tensor, logits: Tensor) -> Tensor:
+        return 2 * self.tangent(middle, logits) - self.tangent(soft, logits) / 2
 
     def mean_tangent(self, soft: Tensor, logits: Tensor) -> Tensor:
         return self.tangent(soft, logits).mean(0)

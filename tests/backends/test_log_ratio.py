@@ -39,6 +39,13 @@ def test_log_prob_of_bits(size: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), _plain(logits, between), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("count", [1, 112, 224])
+def test_log_prob_of_as_many_bits(count: int) -> None:
+    logits = torch.linspace(-5, 5, 3 * count, dtype=torch.float64).reshape(3, count)
+    bits = (logits.cos() > 0).double()
+    torch.testing.assert_close(runtime.log_prob_of_bits(logits, bits), _plain(logits, bits))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("logits", "weight"), [(1.0, 0.1), (30.0, 1.0), (30.0, 15.0), (200.0, 30.0), (1.0, 400.0)])
 @pytest.mark.parametrize("known", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,6 +93,26 @@ def test_a_standard_prior_is_numbers_and_normalised_logits_one_kernel() -> None:
     torch.testing.assert_close(*found)
 
 
+def _recorded(calls: Callable[[Tensor], Tensor], x: Tensor) -> str:
+    """The code that is recorded, which finds the same value and gradient."""
+    recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=False))
+    fake = recorder.placeholder("x", x)
+    with recorder.fake_mode, recorder:
+        out = calls(fake)
+    recorder.graph.output(recorder.node(out))
+    recorder.graph.eliminate_dead_code(
+        lambda node: node.op in ("placeholder", "output") or node.meta.get("effect", False)
+    )
+    root = nn.Module()
+    for name, constant in recorder.constants.items():
+        root.register_buffer(name, constant)
+    found = [fx.GraphModule(root, recorder.graph)(x), calls(x)]
+    if x.requires_grad:
+        found = [(out.detach(), torch.autograd.grad(out.sum(), x)) for out in found]
+    torch.testing.assert_close(*found)
+    return str(recorder.graph.python_code("self").src)
+
+
 def test_a_filled_tensor_is_a_number_until_it_is_written_into() -> None:
     def calls(x: Tensor) -> Tensor:
         one, moved, other = torch.ones_like(x), torch.full_like(x, 2.0), torch.zeros_like(x)
@@ -101,16 +122,38 @@ def test_a_filled_tensor_is_a_number_until_it_is_written_into() -> None:
         known = (x - one) + x * torch.zeros_like(x)
         return known + (x - one.log()) * (2 * one) / one.exp() + moved + x * other + (x + wide) * (one > 0).all()
 
-    x = torch.tensor([0.5, -1.5, 2.5])
-    recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=False))
-    fake = recorder.placeholder("x", x)
-    with recorder.fake_mode, recorder:
-        out = calls(fake)
-    recorder.graph.output(recorder.node(out))
-    root = nn.Module()
-    for name, constant in recorder.constants.items():
-        root.register_buffer(name, constant)
-    torch.testing.assert_close(fx.GraphModule(root, recorder.graph)(x), calls(x))
+    _recorded(calls, torch.tensor([0.5, -1.5, 2.5]))
+
+
+def test_what_is_negated_twice_or_changed_by_nothing_is_left_out() -> None:
+    def calls(x: Tensor) -> Tensor:
+        minus = -x
+        view = minus.detach().reshape(1, 3)
+        return (view * -1.0 / 1.0 + minus) - view.squeeze(0) + (view + 0.5) + (minus + 2.0 * x)
+
+    code = _recorded(calls, torch.tensor([0.5, -1.5, 2.5]))
+    assert code.count(" = -") == 1 and "torch.neg" not in code  # of the one that a number is added to
+    assert "/" not in code and "-1" not in code
+
+    def written(x: Tensor) -> Tensor:
+        y = x + 1
+        view = (-y).reshape(1, 3)
+        y.add_(1)
+        return y - view
+
+    _recorded(written, torch.tensor([0.5, -1.5, 2.5]))
+
+
+def test_calls_on_detached_arguments_share_those_with_gradient() -> None:
+    def calls(x: Tensor) -> Tensor:
+        with_gradient, fixed = torch.sigmoid(x), x.detach()
+        found = with_gradient + torch.sigmoid(fixed) + torch.exp(fixed)
+        written = torch.sin(x)
+        written.add_(1)
+        return found + torch.exp(x) + torch.sin(fixed) + written
+
+    code = _recorded(calls, nn.Parameter(torch.tensor([0.5, -1.5, 2.5])))
+    assert [code.count(f"torch.{name}(") for name in ("sigmoid", "exp", "sin")] == [1, 2, 2]
 
 
 def test_a_divergence_is_summed_once_for_all_draws() -> None:
