@@ -7,9 +7,7 @@
              %t = op f32[]   sum(%x)                          %t = op f32[]   sum(%x_select_scatter)
 
 A write through a view gives its base a new value (``select_scatter``, ``slice_scatter``, the inverse of a transpose…),
-and every other view of the written region is taken anew from that value where it is read next. Who shares memory is
-found by running the graph on fake tensors, since some operations alias their input without saying so
-(``dropout`` in evaluation, ``broadcast_tensors``, a ``reshape`` that need not copy).
+and every other view of the written region is taken anew from that value where it is read next.
 
 Every name is read with the value and the gradient it has in eager PyTorch, so the expectation is unchanged. A write
 into one of the user's buffers remains as one ``copy_`` at the end; other writes to the outside are refused.
@@ -20,34 +18,30 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from scg.errors import TraceError
 from scg.ir import (
-    Bound,
-    Cost,
-    Depends,
     Dist,
     Graph,
     Input,
-    Marginal,
     Node,
     Op,
     Param,
     Ref,
     Sample,
     TensorType,
-    Type,
     map_refs,
     refs_in,
 )
 from scg.operations import bind, is_impure
+from scg.passes.aliasing import Fakes, Memory, Region
+from scg.passes.in_place import functional_arguments, functional_form, is_write
 from scg.passes.rewriter import Rewriter, infer_type, is_op
 from scg.verifier import is_effect
 
@@ -63,14 +57,9 @@ def functionalize(graph: Graph) -> Graph:
 
 def _is_functional(graph: Graph) -> bool:
     """Whether nothing is written, but for buffers after everything else has been computed."""
-    writes = [_writes(node) for node in graph]
+    writes = [is_write(node) for node in graph]
     first = writes.index(True) if True in writes else len(writes)
     return all(is_effect(graph, node) for node in list(graph)[first:])
-
-
-def _writes(node: Node) -> bool:
-    schema: Any = getattr(node.target, "_schema", None) if isinstance(node, Op) else None
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _counters(graph: Graph) -> set[str] | None:
@@ -82,20 +71,17 @@ def _counters(graph: Graph) -> set[str] | None:
     storages = [graph.tensors[node.path].untyped_storage()._cdata for node in graph.of(Param)]
     names: set[str] = set()
     for node in graph.of(Op):
-        if not _writes(node):
+        if not is_write(node):
             continue
-        refs = _functional_form(node)[1]
+        refs = functional_form(node)[1]
         written = graph[refs[0]]
         readers = [*graph.users[written.name], *graph.users[node.name]]
         if (
             not isinstance(written, Param)
+            or len(refs) > 1
             or node.inputs.count(node.inputs[0]) > 1
-            or returned & {written.name, node.name}
-        ):
-            return None
-        if (
-            len(refs) > 1
             or readers != [node.name]
+            or returned & {written.name, node.name}
             or storages.count(graph.tensors[written.path].untyped_storage()._cdata) > 1
         ):
             return None
@@ -103,51 +89,7 @@ def _counters(graph: Graph) -> set[str] | None:
     return names
 
 
-# -- who shares memory -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Region:
-    """The elements of its memory that a tensor shows."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, fake: Tensor) -> _Region:
-        return cls(tuple(fake.shape), tuple(fake.stride()), int(fake.storage_offset()), fake.dtype)
-
-    @property
-    def end(self) -> int:
-        return self.offset + 1 + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-
-    def overlaps(self, other: _Region) -> bool:
-        """Whether the two show a common element; yes where it would take long to tell."""
-        if self.dtype != other.dtype:
-            return True
-        if 0 in self.size or 0 in other.size or self.end <= other.offset or other.end <= self.offset:
-            return False
-        if max(self.end, other.end) > _LARGEST_MEMORY:
-            return True
-        shown = torch.zeros(max(self.end, other.end), dtype=torch.bool)
-        shown.as_strided(self.size, self.stride, self.offset).fill_(True)
-        return bool(shown.as_strided(other.size, other.stride, other.offset).any())
-
-
-_LARGEST_MEMORY = 2**20
-"""Elements up to which two regions of one memory are compared one by one."""
-
-
-@dataclass(eq=False)
-class _Memory:
-    """One allocation."""
-
-    owner: Node | None
-    """The node that stands for a tensor from outside the graph."""
-    obscure: Node | None = None
-    """A node of which nobody knows whether it shares this memory."""
+# -- tensors and writes ----------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -155,8 +97,8 @@ class _Handle:
     """One tensor of the user's program: a view of its memory, and the node that last held its value."""
 
     type: TensorType
-    region: _Region
-    memory: _Memory
+    region: Region
+    memory: Memory
     ref: Ref
     seen: int
     """How many of the program's writes ``ref`` knows of."""
@@ -167,8 +109,8 @@ class _Handle:
 
 @dataclass(frozen=True)
 class _Write:
-    memory: _Memory
-    region: _Region
+    memory: Memory
+    region: Region
     node: Node
 
 
@@ -179,22 +121,20 @@ class _Functionalizer:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.new = Rewriter(graph)
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.fakes: dict[str, Any] = {}
         self.handles: dict[str, _Handle] = {}
-        self.memories: dict[int, _Memory] = {}
         self.writes: list[_Write] = []
         self.born: dict[str, int] = {}
         """How many writes came before each node."""
         self.counters = _counters(graph)
         """If all writes are to buffers that nothing else reads: these and what is written; else None."""
+        self.fakes = Fakes(graph, runs=self.counters is None)
 
     def run(self) -> Graph:
         for node in self.graph:
             self.born[node.name] = len(self.writes)
             if self.counters is not None and node.name not in self.counters:
                 self.new.add(node)
-            elif isinstance(node, Op) and _writes(node):
+            elif isinstance(node, Op) and is_write(node):
                 self._write(node)
             else:
                 self._compute(node)
@@ -207,67 +147,32 @@ class _Functionalizer:
     # -- nodes that write nothing -----------------------------------------------------------------------------------
 
     def _compute(self, node: Node) -> None:
-        fake = self.fakes[node.name] = self._fake(node)
+        fake = self.fakes.add(node)
         if isinstance(node, Op) and is_impure(node):
             self._check_statistics(node)
         parent = self._parent(node, fake)
-        if parent is not None and isinstance(node, Op) and _Region.of(fake) == parent.region and not _stops(node):
+        if (
+            parent is not None
+            and isinstance(node, Op)
+            and Region.of(fake) == parent.region
+            and not is_op(node, aten.detach)
+        ):
             self.handles[node.name] = parent  # the same tensor under another name
             return
         ref = self.new.add(node.rewire(self._read))
         if isinstance(fake, Tensor):
-            memory = self._memory(fake, node)
+            memory = self.fakes.memory(fake)
             view = self._view(node) if parent is not None else None
             seen = self.born[_source(node, self.graph).name]
-            self.handles[node.name] = _Handle(node.tensor, _Region.of(fake), memory, ref, seen, parent, view)
-
-    def _fake(self, node: Node) -> Any:
-        """The node's value without its data: shape, strides and memory as they will be."""
-        if isinstance(node, Param):
-            return self.mode.from_tensor(self.graph.tensors[node.path])
-        if isinstance(node, (Bound, Cost, Depends, Marginal, Sample)) and node.value is not None:
-            return self.fakes[node.value]
-        if isinstance(node, Op) and self.counters is None:
-            try:
-                return self._run(node)
-            except Exception:  # no rule for fakes: the operation may be fine, but its memory is unknown
-                return self._obscure(node)
-        return self._empty(node.type)
-
-    def _run(self, node: Op) -> Any:
-        args, kwargs = map_refs(self.fakes.__getitem__, (node.args, dict(node.kwargs)))
-        with self.mode, torch.no_grad():
-            return node.target(*args, **kwargs)
-
-    def _obscure(self, node: Op) -> Any:
-        fake = self._empty(node.type)
-        for tensor in fake if isinstance(fake, tuple) else (fake,):
-            if isinstance(tensor, Tensor):
-                self._memory(tensor, node).obscure = node
-        for ref in node.inputs:
-            if ref in self.handles:
-                self.handles[ref].memory.obscure = node
-        return fake
-
-    def _empty(self, type: Type) -> Any:
-        if isinstance(type, tuple):
-            return tuple(map(self._empty, type))
-        if not isinstance(type, TensorType):
-            return None
-        with self.mode:
-            return torch.empty(type.shape, dtype=type.dtype, device=type.device)
-
-    def _memory(self, fake: Tensor, node: Node) -> _Memory:
-        owner = node if isinstance(node, (Input, Param)) else None
-        return self.memories.setdefault(_storage(fake), _Memory(owner))
+            self.handles[node.name] = _Handle(node.tensor, Region.of(fake), memory, ref, seen, parent, view)
 
     def _parent(self, node: Node, fake: Any) -> _Handle | None:
         """The input of ``node`` whose memory it shares; the same tensor rather than another view of it."""
         if not isinstance(fake, Tensor):
             return None
-        inputs = [ref for ref in _source(node, self.graph).inputs if ref in self.handles]
-        sharing = [self.handles[ref] for ref in inputs if _storage(self.fakes[ref]) == _storage(fake)]
-        region = _Region.of(fake)
+        inputs = [self.handles[ref] for ref in _source(node, self.graph).inputs if ref in self.handles]
+        memory, region = self.fakes.memory(fake), Region.of(fake)
+        sharing = [handle for handle in inputs if handle.memory is memory]
         return min(sharing, key=lambda handle: handle.region != region, default=None)
 
     def _view(self, node: Node) -> Node:
@@ -300,7 +205,7 @@ class _Functionalizer:
                     f"({write.loc}). Write it after this layer, or outside the model's call."
                 )
 
-    def _last_write(self, memory: _Memory) -> Node | None:
+    def _last_write(self, memory: Memory) -> Node | None:
         return next((write.node for write in reversed(self.writes) if write.memory is memory), None)
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -333,7 +238,7 @@ class _Functionalizer:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def _write(self, node: Op) -> None:
-        target, refs = _functional_form(node)
+        target, refs = functional_form(node)
         written = [self.handles[ref] for ref in refs]
         for handle in written:
             self._check_write(handle, node)
@@ -364,7 +269,7 @@ class _Functionalizer:
     def _run_write(self, node: Op, refs: list[Ref]) -> None:
         """What PyTorch makes of the write: it may refuse, or resize what is given as ``out=``."""
         try:
-            self.fakes[node.name] = self._run(node)
+            self.fakes.run(node)
         except RuntimeError as error:
             raise TraceError(f"{node.loc}: {node.op_name} cannot write there: {error}") from None
         for ref in refs:
@@ -379,7 +284,7 @@ class _Functionalizer:
         """The new values of what ``node`` writes: ``target`` of its arguments, or else its source."""
         if target is None:
             return [self._source_of(node, written[0])]
-        args, kwargs = map_refs(self._read, _inputs(node, target))
+        args, kwargs = map_refs(self._read, functional_arguments(node, target))
         if is_op(node, *_NOISE) and self._may_require_grad(args[0]):
             args = (self.new.op(aten.detach.default, args[0], at=node), *args[1:])  # of it only the shape is read
         type = infer_type(target, args, kwargs, self.new.type_of)
@@ -512,16 +417,11 @@ _PARTS = {
     aten.diagonal: aten.diagonal_scatter.default,
 }
 """Views of some elements, and what puts a part back into the whole."""
-_FILLS = (aten.copy_, aten.fill_, aten.zero_)
-"""Writes whose result does not depend on what was there."""
 _NOISE = (
     aten.bernoulli_, aten.normal_, aten.uniform_, aten.exponential_, aten.geometric_, aten.log_normal_, aten.cauchy_,
     aten.random_,
 )  # fmt: skip
-
-
-def _storage(fake: Tensor) -> int:
-    return int(fake.untyped_storage()._cdata)
+"""Writes that read no more than the shape of what was there."""
 
 
 def _source(node: Node, graph: Graph) -> Node:
@@ -529,55 +429,10 @@ def _source(node: Node, graph: Graph) -> Node:
     return graph[node.args[0]] if isinstance(node, Op) and node.target is operator.getitem else node
 
 
-def _stops(node: Op) -> bool:
-    return is_op(node, aten.detach)
-
-
 def _inverse(view: Op, ndim: int) -> list[int]:
     """The permutation that undoes ``view``, found by permuting dims of distinct sizes."""
     shown = view.target(torch.empty(tuple(range(ndim)), device="meta"), *view.args[1:], **view.kwargs)
     return [tuple(shown.shape).index(dim) for dim in range(ndim)]
-
-
-def _functional_form(node: Op) -> tuple[Callable[..., Any] | None, list[Ref]]:
-    """The overload that computes what ``node`` writes (None: it copies its source), and the arguments written."""
-    named = bind(node)
-    schema: Any = node.target._schema  # type: ignore[attr-defined]
-    outputs = [spec for spec in schema.arguments if spec.alias_info is not None and spec.alias_info.is_write]
-    refs = [named[spec.name] for spec in outputs]
-    if torch.Tag.inplace_view not in node.target.tags and all(isinstance(ref, Ref) for ref in refs):  # type: ignore[attr-defined]
-        if is_op(node, *_FILLS):
-            return None, refs
-        inputs = [spec for spec in schema.arguments if not (spec.kwarg_only and spec in outputs)]
-        wanted = [(spec.name, str(spec.type)) for spec in inputs]
-        for target in _overloads(schema.name.removeprefix("aten::")):
-            given: Any = target._schema  # type: ignore[attr-defined]
-            if not given.is_mutable and [(spec.name, str(spec.type)) for spec in given.arguments] == wanted:
-                return target, refs
-    raise TraceError(
-        f"{node.loc}: {node.op_name} changes its argument in a way that cannot be written as a new value. "
-        f"Use the operation that returns a new tensor."
-    )
-
-
-def _overloads(name: str) -> Iterator[Callable[..., Any]]:
-    """The overloads of the operation that an in-place or ``out=`` operation is named after."""
-    if name.startswith("__i"):
-        name = f"__{name.removeprefix('__i')}"
-    elif not name.endswith("__"):
-        name = {"normal_": "normal_functional"}.get(name, name.removesuffix("_"))
-    packet = getattr(aten, name, None)
-    for overload in packet.overloads() if packet is not None else ():
-        yield getattr(packet, overload)
-
-
-def _inputs(node: Op, target: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``args`` and ``kwargs`` for ``target``: without ``out=``, and with defaults that the in-place form alone has."""
-    specs = target._schema.arguments
-    required = [spec.name for spec in specs if not (spec.kwarg_only or spec.has_default_value())]
-    named = bind(node)
-    args = (*node.args, *(named[name] for name in required[len(node.args) :] if name not in node.kwargs))
-    return args, {name: value for name, value in node.kwargs.items() if name in {spec.name for spec in specs}}
 
 
 def _name_of(owner: Node) -> str:
