@@ -11,12 +11,13 @@ t[[0, 1, …, n - 1]]  ->  t              every row in order, a view: the rows o
 x - zeros_like(x)    ->  x              a filled tensor is a number: a standard prior's mean and scale
 x - logsumexp(x)     ->  log_softmax(x)  one kernel, as categoricals normalise their logits
 sum(bce(x, t), -1)   ->  -log_prob_of_bits(x, t)     for many rows of x without gradient: one exponential an element
+bernoulli(p)         ->  rand < p       of many elements on a processor, where one is compared several times as fast
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _NEGATIONS = {"neg", "__neg__", "negative"}
 _SUMS = {"sum", "mean"}
-_VIEWS = {"detach", "reshape", "squeeze", "unsqueeze", "permute", "movedim"}
 _OPPOSITE = {"add": torch.sub, "sub": torch.add}
 _TABLES = {torch.tensor, torch.arange, torch.eye}
 _FILLED = {"ones_like": 1, "zeros_like": 0}
@@ -42,6 +42,18 @@ _NOTHING = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0, "__truediv__": 1.0}
 _PRECISE = {torch.float32, torch.float64}
 _LARGEST_TABLE = 1024
 """Elements of a constant; more of them are quicker made than read."""
+_MANY_DRAWS = 1024
+"""Elements from which on three quick kernels take less time than the one that draws an element at a time."""
+_VIEWS = {"detach", "expand", "expand_as", "reshape", "view", "unsqueeze", "squeeze", "movedim", "permute", "transpose"}
+
+
+class _Call(NamedTuple):
+    """A call on a tensor, not yet recorded."""
+
+    func: Callable[..., Any]
+    name: str
+    args: Any
+    kwargs: dict[str, Any]
 
 
 class Peephole:
@@ -65,50 +77,18 @@ class Peephole:
         """What a tensor is the sum of: a tensor, and the product of a change with a weight."""
         self._cross_entropy: dict[int, tuple[Tensor, Tensor]] = {}
         """Logits and targets of the binary cross entropies without gradient."""
+        self._probabilities: set[int] = set()
+        """Sigmoids: from 0 to 1 whatever the parameters are."""
 
     def simpler(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of an equal, simpler call; None where there is none."""
         if func in _TABLES:
             return self._table(func, args, kwargs)
-        first = args[0] if args else None
-        if not isinstance(first, Tensor):
+        if not args or not isinstance(args[0], Tensor):
             return None
-        if name in _FILLED and first.dim() == 0 and not kwargs.get("requires_grad"):
-            made = {key: kwargs.get(key) or getattr(first, key) for key in ("dtype", "device")}
-            return self._table(torch.tensor, (_FILLED[name],), made)
-        if name == "__getitem__" and type(args[1]) is int and args[1] == 0 and id(first) in self._unsqueezed:
-            return self._recorder.handed_out(self._unsqueezed[id(first)])
-        if name == "__getitem__":
-            return self._all_rows(first, args[1])
-        if (filled := self._of_filled(func, name, args, kwargs)) is not None:
-            return filled
-        if name == "logical_and" and not kwargs and any(id(arg) in self._true for arg in args):
-            other = args[1] if id(first) in self._true else first
-            return other if other.dtype == torch.bool else None
-        if name == "where" and id(first) in self._true and len(args) == 3:
-            return args[1] if isinstance(args[1], Tensor) and isinstance(args[2], float) else None
-        if name == "sub" and len(args) == 2 and not kwargs and self._normalizers.get(id(args[1]), (None,))[0] is first:
-            return self._recorder.call(torch.log_softmax, first, self._normalizers[id(args[1])][1])
-        if not kwargs and len(args) == 2 and (opposite := self._opposite(name, first, args[1])) is not None:
-            return opposite
-        inner = self._negated.get(id(first))
-        if inner is not None and name in _NEGATIONS:
-            return inner
-        if inner is not None and name in _SUMS:
-            return self._recorder.call(torch.neg, self._recorder.call(func, inner, *args[1:], **kwargs))
-        if name == "sum" and args[1:] and not kwargs and _adds_nothing(first, *args[1:]):
-            return (
-                self._recorder.handed_out(first)
-                if args[2:] == (True,)
-                else self._recorder.call(Tensor.squeeze, first, args[1])
-            )
-        if name == "sum" and id(first) in self._cross_entropy:
-            return self._sum_of_bits(first, args[1:], kwargs)
-        if kwargs:
-            return None
-        if name == "detach" and not first.requires_grad:
-            return self._recorder.handed_out(first)
-        return first if _moves_nothing(name, first, args[1:]) else None
+        call = _Call(func, name, args, kwargs)
+        found = (rule(self, call) for rule in _RULES.get(name, ()))
+        return next((result for result in found if result is not None), None)
 
     def recorded(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Takes note of a call."""
@@ -124,6 +104,8 @@ class Peephole:
             number = _FILLED.get(name) if len(args) == 1 else args[1]
             if isinstance(number, (int, float)) and not out.requires_grad:
                 self._filled[id(out)] = (args[0], number)
+        if name == "sigmoid" or (name in _VIEWS and id(args[0]) in self._probabilities):
+            self._probabilities.add(id(out))
         if name == "expand":
             self._expanded[id(out)] = args[0]
         elif name == "addcmul" and len(args) == 3 and not out.requires_grad and _is_rank_one(*args):
@@ -147,35 +129,55 @@ class Peephole:
             key: found for key, found in self._normalizers.items() if key != id(tensor) and found[0] is not tensor
         }
         self._filled.pop(id(tensor), None)
+        self._probabilities.discard(id(tensor))
         tables: list[dict[int, Any]] = [self._expanded, self._unsqueezed, self._rank_one, self._cross_entropy]
         for table in tables:
             for key, of in list(table.items()):
                 if key == id(tensor) or any(part is tensor for part in (of if isinstance(of, tuple) else (of,))):
                     del table[key]
 
-    def _opposite(self, name: str, left: Tensor, right: Any) -> Tensor | None:
-        """The result of a call with one negation less."""
-        if not left.is_floating_point() or (isinstance(right, Tensor) and not right.is_floating_point()):
+    # -- rules ----------------------------------------------------------------------------------------------------
+    def _scalar_filled(self, call: _Call) -> Tensor | None:
+        first = call.args[0]
+        if first.dim() or call.kwargs.get("requires_grad"):
             return None
-        if name == "mul" and isinstance(right, (int, float)) and right == -1:
-            return self._call(torch.neg, left)
-        if name in _OPPOSITE and id(right) in self._negated:
-            return self._call(_OPPOSITE[name], left, self._negated[id(right)])
-        if name == "add" and isinstance(right, Tensor) and id(left) in self._negated:
-            return self._call(torch.sub, right, self._negated[id(left)])
-        return None
+        made = {key: call.kwargs.get(key) or getattr(first, key) for key in ("dtype", "device")}
+        return self._table(torch.tensor, (_FILLED[call.name],), made)
 
-    def _of_filled(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        """The result of a call on tensors that hold one number, without them; None where there are none."""
-        if kwargs or not all(isinstance(arg, (Tensor, int, float)) for arg in args):
+    def _first_row(self, call: _Call) -> Tensor | None:
+        first, index = call.args
+        if type(index) is not int or index or id(first) not in self._unsqueezed:
             return None
-        of, *rest = args
-        if name == "all" and not rest and id(of) in self._filled:
-            return self._table(torch.tensor, (bool(self._filled[id(of)][1]),), {"device": of.device})
+        return self._recorder.handed_out(self._unsqueezed[id(first)])
+
+    def _all_rows(self, call: _Call) -> Tensor | None:
+        """A view of the tensor where the index counts through all of its rows."""
+        tensor, index = call.args
+        rows = index[0] if isinstance(index, tuple) and len(index) == 1 else index
+        if not isinstance(rows, Tensor) or rows.dim() == 0 or tensor.dim() == 0 or rows.numel() != len(tensor):
+            return None
+        known = self._recorder.value_of(rows)
+        if known is None or known.dtype != torch.int64:
+            return None
+        from scg.backends.recorder import compile_time
+
+        with compile_time():
+            if known.flatten().tolist() != [*range(len(tensor))]:
+                return None
+        return self._call(torch.Tensor.reshape, tensor, (*rows.shape, *tensor.shape[1:]))
+
+    def _of_filled(self, call: _Call) -> Tensor | None:
+        """The result of a call on tensors that hold one number, without them."""
+        func, name, (of, *rest), kwargs = call
+        if kwargs or not all(isinstance(arg, (Tensor, int, float)) for arg in rest):
+            return None
+        if name == "all":
+            known = not rest and id(of) in self._filled
+            return self._table(torch.tensor, (bool(self._filled[id(of)][1]),), {"device": of.device}) if known else None
         if not of.is_floating_point():
             return None
         numbers = [self._filled[id(arg)][1] if id(arg) in self._filled else arg for arg in rest]
-        if any(isinstance(number, Tensor) for number in numbers) or name not in _OF_ONE | _OF_TWO:
+        if any(isinstance(number, Tensor) for number in numbers):
             return None
         from scg.backends.recorder import compile_time
 
@@ -203,50 +205,110 @@ class Peephole:
             return self._recorder.handed_out(of)
         return self._call(func, of, numbers[0])
 
-    def _call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        made: Tensor = self._recorder.call(func, *args, **kwargs)
-        return made
+    def _and_true(self, call: _Call) -> Tensor | None:
+        if call.kwargs or not any(id(arg) in self._true for arg in call.args):
+            return None
+        other: Tensor = call.args[1 if id(call.args[0]) in self._true else 0]
+        return other if other.dtype == torch.bool else None
 
-    def _sum_of_bits(self, entropy: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        named = dict(zip(("dim", "keepdim"), args, strict=False)) | kwargs
+    def _where_true(self, call: _Call) -> Tensor | None:
+        if id(call.args[0]) not in self._true or len(call.args) != 3:
+            return None
+        _, chosen, other = call.args
+        return chosen if isinstance(chosen, Tensor) and isinstance(other, float) else None
+
+    def _log_softmax(self, call: _Call) -> Tensor | None:
+        if call.kwargs or len(call.args) != 2:
+            return None
+        of, dim = self._normalizers.get(id(call.args[1]), (None, 0))
+        return self._call(torch.log_softmax, of, dim) if of is call.args[0] else None
+
+    def _opposite(self, call: _Call) -> Tensor | None:
+        """With one negation less."""
+        if call.kwargs or len(call.args) != 2 or not call.args[0].is_floating_point():
+            return None
+        left, right = call.args
+        if call.name == "mul":
+            return self._call(torch.neg, left) if isinstance(right, (int, float)) and right == -1 else None
+        if not isinstance(right, Tensor) or not right.is_floating_point():
+            return None
+        if id(right) in self._negated:
+            return self._call(_OPPOSITE[call.name], left, self._negated[id(right)])
+        if call.name == "add" and id(left) in self._negated:
+            return self._call(torch.sub, right, self._negated[id(left)])
+        return None
+
+    def _negated_twice(self, call: _Call) -> Tensor | None:
+        return self._negated.get(id(call.args[0]))
+
+    def _sum_of_negated(self, call: _Call) -> Tensor | None:
+        inner = self._negated.get(id(call.args[0]))
+        if inner is None:
+            return None
+        return self._call(torch.neg, self._call(call.func, inner, *call.args[1:], **call.kwargs))
+
+    def _sum_of_one(self, call: _Call) -> Tensor | None:
+        """Along dims of size 1 alone."""
+        tensor, *where = call.args
+        if call.kwargs or not where or not tensor.is_floating_point() or tensor.dim() == 0:
+            return None
+        over = [where[0]] if isinstance(where[0], int) else where[0]
+        if not over or any(tensor.shape[axis] != 1 for axis in over):
+            return None
+        keepdim = where[1:] == [True]
+        return self._recorder.handed_out(tensor) if keepdim else self._call(Tensor.squeeze, tensor, where[0])
+
+    def _sum_of_bits(self, call: _Call) -> Tensor | None:
+        entropy, *where = call.args
+        if id(entropy) not in self._cross_entropy:
+            return None
+        named = dict(zip(("dim", "keepdim"), where, strict=False)) | call.kwargs
         dim, keepdim = named.pop("dim", None), named.pop("keepdim", False)
         over = [*range(entropy.dim())] if dim is None or dim == [] else [dim] if isinstance(dim, int) else list(dim)
         over = [axis % entropy.dim() for axis in over]
         last = entropy.dim() - 1
         if named or last not in over:
             return None
-        call = self._recorder.call
         logits, targets = self._cross_entropy[id(entropy)]
         if id(logits) in self._rank_one:
-            before, change, weight = self._rank_one[id(logits)]
-            before = call(Tensor.squeeze, before, 0) if before.dim() == change.dim() else before
-            lead = call(Tensor.movedim, call(Tensor.squeeze, change, -1), 0, -1)
-            weight = call(Tensor.reshape, weight, (weight.shape[0], weight.shape[-1]))
-            grown = call(LOG_RATIO_OF_BITS, before, lead, weight, targets, None)
-            found = call(torch.add, call(Tensor.movedim, grown, -1, 0), call(runtime.log_prob_of_bits, before, targets))
+            found = self._of_rank_one(*self._rank_one[id(logits)], targets)
         else:
-            found = call(runtime.log_prob_of_bits, logits, targets)
+            found = self._call(runtime.log_prob_of_bits, logits, targets)
         if rest := [axis for axis in over if axis != last]:
-            found = call(torch.sum, found, rest, keepdim=keepdim)
+            found = self._call(torch.sum, found, rest, keepdim=keepdim)
         if keepdim:
-            found = call(Tensor.unsqueeze, found, -1)
-        return call(torch.neg, found)  # type: ignore[no-any-return]
+            found = self._call(Tensor.unsqueeze, found, -1)
+        return self._call(torch.neg, found)
 
-    def _all_rows(self, tensor: Tensor, index: Any) -> Tensor | None:
-        """A view of ``tensor`` where ``index`` counts through all of its rows."""
-        rows = index[0] if isinstance(index, tuple) and len(index) == 1 else index
-        if not isinstance(rows, Tensor) or rows.dim() == 0 or tensor.dim() == 0 or rows.numel() != len(tensor):
-            return None
-        known = self._recorder.value_of(rows)
-        if known is None or known.dtype != torch.int64:
-            return None
-        from scg.backends.recorder import compile_time
+    def _of_rank_one(self, before: Tensor, change: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of bits at ``before + change * weight``, from the one before the change."""
+        call = self._call
+        before = call(Tensor.squeeze, before, 0) if before.dim() == change.dim() else before
+        lead = call(Tensor.movedim, call(Tensor.squeeze, change, -1), 0, -1)
+        weight = call(Tensor.reshape, weight, (weight.shape[0], weight.shape[-1]))
+        grown = call(LOG_RATIO_OF_BITS, before, lead, weight, targets, None)
+        return call(torch.add, call(Tensor.movedim, grown, -1, 0), call(runtime.log_prob_of_bits, before, targets))
 
-        with compile_time():
-            if known.flatten().tolist() != [*range(len(tensor))]:
-                return None
-        view: Tensor = self._recorder.call(torch.Tensor.reshape, tensor, (*rows.shape, *tensor.shape[1:]))
-        return view
+    def _without_gradient(self, call: _Call) -> Tensor | None:
+        return None if call.kwargs or call.args[0].requires_grad else self._recorder.handed_out(call.args[0])
+
+    def _unmoved(self, call: _Call) -> Tensor | None:
+        tensor, *where = call.args
+        return tensor if not call.kwargs and _moves_nothing(call.name, tensor, where) else None
+
+    def _compared(self, call: _Call) -> Tensor | None:
+        """Draws as exact as ``torch.bernoulli``'s, whose uniforms have 53 bits too."""
+        p = call.args[0]
+        if call.kwargs or len(call.args) > 1 or id(p) not in self._probabilities:
+            return None  # what may be no probability is refused at run time
+        if not self._recorder.compares_draws or p.device.type != "cpu" or p.numel() < _MANY_DRAWS:
+            return None
+        below = self._call(Tensor.lt, self._call(torch.rand_like, p, dtype=torch.float64), p)
+        return self._call(Tensor.to, below, p.dtype)
+
+    def _call(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        made: Tensor = self._recorder.call(func, *args, **kwargs)
+        return made
 
     def _table(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         plain = all(isinstance(item, (int, float, bool, list, tuple)) for item in args)
@@ -266,13 +328,6 @@ class Peephole:
         return self._tables[key]
 
 
-def _adds_nothing(tensor: Tensor, dim: Any, keepdim: bool = False) -> bool:
-    """Whether a sum goes along dims of size 1 alone."""
-    over = [dim] if isinstance(dim, int) else dim
-    many = tensor.is_floating_point() and tensor.dim() > 0 and bool(over)
-    return many and all(tensor.shape[axis] == 1 for axis in over)
-
-
 def _is_rank_one(before: Tensor, change: Tensor, weight: Tensor) -> bool:
     """``[*N, J]``, ``[rows, *N, 1]`` and ``[rows, 1…, J]``: each row moves all of ``N`` along one direction."""
     if change.dim() < 2 or weight.dim() != change.dim() or before.dim() not in (change.dim(), change.dim() - 1):
@@ -290,3 +345,24 @@ def _moves_nothing(name: str, tensor: Tensor, where: Any) -> bool:
         source, target = ([item] if isinstance(item, int) else list(item) for item in where)
         return [dim % tensor.dim() for dim in source] == [dim % tensor.dim() for dim in target]
     return False
+
+
+_Rule = Callable[[Peephole, _Call], "Tensor | None"]
+
+_RULES: dict[str, tuple[_Rule, ...]] = {
+    **dict.fromkeys(_FILLED, (Peephole._scalar_filled,)),
+    **dict.fromkeys(("all", *_OF_ONE, *_OF_TWO), (Peephole._of_filled,)),
+    **dict.fromkeys(("add", "mul"), (Peephole._of_filled, Peephole._opposite)),
+    "sub": (Peephole._of_filled, Peephole._log_softmax, Peephole._opposite),
+    "neg": (Peephole._of_filled, Peephole._negated_twice),
+    **dict.fromkeys(_NEGATIONS - {"neg"}, (Peephole._negated_twice,)),
+    "sum": (Peephole._sum_of_negated, Peephole._sum_of_one, Peephole._sum_of_bits),
+    "mean": (Peephole._sum_of_negated,),
+    "__getitem__": (Peephole._first_row, Peephole._all_rows),
+    "logical_and": (Peephole._and_true,),
+    "where": (Peephole._where_true,),
+    "detach": (Peephole._without_gradient,),
+    **dict.fromkeys(("permute", "movedim"), (Peephole._unmoved,)),
+    "bernoulli": (Peephole._compared,),
+}
+"""By the function's name, in the order in which they are tried."""

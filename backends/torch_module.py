@@ -48,6 +48,7 @@ def build(
     learning: bool,
     debug: bool = False,
     order: int = 1,
+    compares_draws: bool = False,
 ) -> Program:
     """Records one program of ``graph``.
 
@@ -60,9 +61,11 @@ def build(
         learning: whether gradients are enabled: else no terms are built.
         debug: check every distribution's parameters at run time.
         order: 2 makes every derivative right.
+        compares_draws: whether Bernoulli draws may be comparisons with uniform numbers, as inductor makes them itself.
     """
     narrows = bool(graph.of(Marginal))  # rows of latents do not vary over a batch
-    recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=False), narrows=narrows)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
+    recorder = Recorder(fake_mode, narrows=narrows, compares_draws=compares_draws)
     used_inputs: list[int] = []
     used_captured: list[str] = []
 
@@ -93,7 +96,7 @@ def build(
         debug=debug,
     )
     functions = intercept_functions(recorder.on_function)
-    with recorder.fake_mode, torch.set_grad_enabled(learning), functions, recorder:
+    with fake_mode, torch.set_grad_enabled(learning), functions, recorder:
         outputs = interpreter.run(recorder.named)
     leaves: list[Tensor] = []
     flatten_outputs(outputs, leaves.append)

@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Bernoulli, Categorical, Geometric, Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import scg
 from scg.backends.recorder import Recorder
@@ -166,3 +168,49 @@ def test_a_divergence_is_summed_once_for_all_draws() -> None:
 
     code = _code(model, torch.ones(5, 4), estimator="score_function", samples=7)
     assert "mapped" not in code and ".expand([5, 3])" in code
+
+
+class Uniforms(TorchDispatchMode):
+    """Makes every uniform number this one."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._value = value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out.fill_(self._value) if func is torch.ops.aten.rand_like.default else out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_bits_are_drawn_by_comparison_with_uniform_numbers(dtype: torch.dtype) -> None:
+    logits = nn.Parameter(torch.linspace(-40, 40, 2048, dtype=dtype))
+
+    def model() -> Tensor:
+        return Bernoulli(logits=logits).sample().square().sum() + logits.sum()
+
+    compiled = scg.compile(model, estimator="score_function", samples=3, example_inputs=())
+    assert "torch.bernoulli" not in str(compiled.code) and ".rand_like" in str(compiled.code)
+    for u in (0.0, 1e-17, 0.25, 0.5, 1 - 2**-53):
+        with Uniforms(u):
+            found = compiled() - logits.sum()
+        expected = (u < logits.sigmoid().double()).sum().to(dtype)
+        torch.testing.assert_close(found, expected)
+    torch.manual_seed(0)
+    bits = torch.stack([compiled() - logits.sum() for _ in range(200)])
+    p = logits.sigmoid()
+    error = (p * (1 - p)).sum().div(600).sqrt()
+    assert abs(bits.mean() - p.sum()) < 4 * error
+
+
+def test_draws_that_may_be_refused_few_and_fused_ones_stay_calls() -> None:
+    p, few = nn.Parameter(torch.full((2048,), 0.5)), nn.Parameter(torch.zeros(100))
+
+    def of_numbers() -> Tensor:
+        return Bernoulli(probs=p).sample().sum()
+
+    def of_few() -> Tensor:
+        return Bernoulli(logits=few).sample().sum()
+
+    for model in (of_numbers, of_few):
+        assert "rand_like" not in str(scg.compile(model, estimator="score_function", example_inputs=()).code)
