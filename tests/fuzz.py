@@ -130,7 +130,7 @@ LOOKUP = (
     "self.e[{z}.long().clamp(0, 1), {y}.long().clamp(0, 2)]",
     "self.c[{y}.long().clamp(0, 1), {z}.long().clamp(0, 1)]",
     "F.one_hot({z}.long().clamp(0, 1), 2).double()",
-    "{x}[..., {z}.long().clamp(0, 1)]",
+    "{x}[..., {z}.long().clamp(0, {x}.shape[-1] - 1)]",
     "({z} == 1).double()",
 )
 IN_PLACE = (
