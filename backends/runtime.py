@@ -106,7 +106,8 @@ def log_ratio_of_bits(
         return torch.cat(moved, -1) - log_prob_of_bits(logits, bits).unsqueeze(-1)
 
     def product(p: Tensor, q: Tensor, growth: Tensor) -> Tensor:
-        parts = [torch.addcmul(q, p, rows).prod(-1) for rows in growth.split(some)]
+        chunks = growth.split(some) if some < len(growth) else [growth]
+        parts = [torch.addcmul(q, p, rows).prod(-1) for rows in chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     tables = [x.sigmoid(), x.neg().sigmoid(), (weight if scale == 1.0 else scale * weight).exp()]
