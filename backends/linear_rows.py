@@ -134,6 +134,10 @@ def product_of(graph: Graph, node: Op, ref: Ref) -> Product | None:
     result = _labels(out, node.tensor.ndim)
     if labels[0] is None or labels[1] is None or result is None:
         return None
+    sizes = dict(zip(labels[1], graph[other].tensor.shape, strict=True))
+    here = zip(labels[0], graph[ref].tensor.shape, strict=True)
+    if any(label not in result and sizes.get(label, size) != size for label, size in here):
+        return None  # einsum broadcasts a dim of size 1 that it sums over
     return Product(labels[0], other, labels[1], result)
 
 

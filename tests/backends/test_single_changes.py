@@ -77,6 +77,12 @@ def einsum() -> Tensor:
     return rough(torch.einsum("bd,hd->bh", z, W))
 
 
+def broadcast_by_einsum() -> Tensor:
+    """A dim of size 1 is summed over with one of size 3, on either side."""
+    z = bits()
+    return rough(torch.einsum("bd,hd->bh", z[:, :1], W)) + rough(torch.einsum("bd,hd->bh", z, W[:, :1]))
+
+
 def sums() -> Tensor:
     z = bits()
     return torch.exp(z.sum(-1)).mean() + (z * GATE).mean(1).pow(2).sum() + torch.sin(z.sum(-1, keepdim=True)).sum()
@@ -177,7 +183,7 @@ PROGRAMS = (
     linear, addmm, matmul_on_the_right, matrix_vector, vector_matrix, batched_matmul, einsum, sums, pointwise_first,
     scaled_after, side_by_side, reversed_elements, twice_the_same, some_elements, gated, two_joined_dims,
     one_dim_after_the_other, all_dims_summed, one_hot, index, elementwise_costs, own_density, nothing_joined,
-    several_outputs, mixed_batch,
+    several_outputs, mixed_batch, broadcast_by_einsum,
 )  # fmt: skip
 
 
