@@ -30,7 +30,7 @@ from scg.estimators.enumerate_ import Enumerate
 from scg.estimators.rows import SAMPLES, Meeting, enumeration_rows, joined_dims, meeting, own_dims, rerun_breaks
 from scg.estimators.score_function import ScoreFunction
 from scg.ir import Bound, Cost, Depends, Dist, Graph, Input, LogProb, Marginal, Node, Op, Param, Sample, TensorType
-from scg.operations import is_linear
+from scg.operations import is_linear, is_random, lookup
 from scg.passes.sequences import check_sequences, join_sequences
 
 ENUMERATE_LIMIT = 32
@@ -67,6 +67,8 @@ class InsertEstimators:
         for glob in self.overrides:
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
                 raise EstimatorError(f"estimators={{{glob!r}: …}} matches no site; sites: {', '.join(names) or 'none'}")
+        if self.samples > 1:
+            _refuse_shared_noise(graph)
         choice = _Choice(self, graph)
         decided = [choice.decide(site) for site in graph.of(Sample)]
         choice.check_marginals()
@@ -103,6 +105,22 @@ class InsertEstimators:
         credited -= choice.summed.keys()
         sites = [site for site in graph.of(Sample) if site.name in credited and not site.data and choice.learns(site)]
         return {site.name: choice.info(site) for site in sites}
+
+
+def _refuse_shared_noise(graph: Graph) -> None:
+    """Noise that is no draw has one value for all samples: a bound would join draws that are not independent."""
+    for bound in graph.of(Bound):
+        above = graph.ancestors([bound.value])
+        for node in graph:
+            if node.name not in above or not isinstance(node, Op) or not is_random(node):
+                continue
+            operation = lookup(node.target)
+            if operation is not None and operation.kind == "nothing":
+                raise EstimatorError(
+                    f"%{node.name} ({node.loc}): the draws that %{bound.name} ({bound.loc}) joins would share this "
+                    "noise.\n  Make it a draw, as in Normal(0.0, 1.0).expand(shape).rsample(), or to share it, give "
+                    "it to the model as an argument."
+                )
 
 
 class _Choice:

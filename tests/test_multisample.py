@@ -159,3 +159,28 @@ def test_two_examples_have_a_logarithm_each() -> None:
         expected = expected - law @ torch.stack([-one[bit] for bit in bits]).exp().mean(0).log()
     torch.testing.assert_close(values[0], expected.detach())
     assert values[0] < values[1] - 1e-3
+
+
+@pytest.mark.parametrize("noise", [lambda w: torch.randn_like(w), lambda w: torch.rand(2, dtype=DTYPE)])
+def test_noise_that_all_draws_would_share_is_refused(noise: Any) -> None:
+    w = nn.Parameter(torch.tensor([0.4, -0.7], dtype=DTYPE))
+
+    def model() -> Tensor:
+        z = w + noise(w)
+        return scg.multisample(Normal(w, 1.0).log_prob(z) + z**2).sum()
+
+    with pytest.raises(scg.EstimatorError, match=r"test_multisample.py:\d+.*share this noise(.|\n)*rsample"):
+        scg.compile(model, samples=3)()
+    scg.compile(model)().backward()  # one draw shares it with none
+
+
+def test_noise_drawn_from_a_distribution_is_one_a_draw() -> None:
+    w = nn.Parameter(torch.tensor([0.4, -0.7], dtype=DTYPE))
+
+    def model() -> Tensor:
+        z = w + Normal(0.0, 1.0).expand(w.shape).rsample().double()
+        return scg.multisample(Normal(w, 1.0).log_prob(z) + 3 * z**2).sum()
+
+    torch.manual_seed(0)
+    one, many = (torch.stack([scg.compile(model, samples=K)().detach() for _ in range(20)]).mean() for K in (1, 50))
+    assert many < one - 1

@@ -214,3 +214,12 @@ def test_draws_that_may_be_refused_few_and_fused_ones_stay_calls() -> None:
 
     for model in (of_numbers, of_few):
         assert "rand_like" not in str(scg.compile(model, estimator="score_function", example_inputs=()).code)
+
+
+def test_a_probability_that_is_no_number_draws_none() -> None:
+    logits = nn.Parameter(torch.zeros(2048))
+    compiled = scg.compile(lambda: Bernoulli(logits=logits).sample().sum(), estimator="score_function")
+    with torch.no_grad():
+        assert 800 < compiled() < 1250
+        logits[7] = float("nan")
+        assert compiled().isnan()
