@@ -10,6 +10,7 @@ ones_like(scalar)    ->  a constant     likewise, and what its argument needed g
 t[[0, 1, …, n - 1]]  ->  t              every row in order, a view: the rows of an enumerated index
 x - zeros_like(x)    ->  x              a filled tensor is a number: a standard prior's mean and scale
 x - logsumexp(x)     ->  log_softmax(x)  one kernel, as categoricals normalise their logits
+f(x, y).gather(0, i) ->  f(x.gather(0, i), y.gather(0, i))      of few elements: see `gathers`
 sum(bce(x, t), -1)   ->  -log_prob_of_bits(x, t)     for many rows of x without gradient: one exponential an element
 bernoulli(p)         ->  |ceil(p - rand)|  of many elements on a processor, where rand takes a third of the time
 """
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from scg.backends import runtime
+from scg.backends.gathers import ELEMENTWISE, gathered
 from scg.backends.log_ratio import LOG_RATIO_OF_BITS
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ class Peephole:
         """What a tensor is with one more dim in front."""
         self._rank_one: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         """What a tensor is the sum of: a tensor, and the product of a change with a weight."""
+        self._elementwise: dict[int, tuple[Any, ...]] = {}
+        """Of results of elementwise calls: the function and its arguments."""
         self._cross_entropy: dict[int, tuple[Tensor, Tensor]] = {}
         """Logits and targets of the binary cross entropies without gradient."""
         self._probabilities: set[int] = set()
@@ -106,6 +110,8 @@ class Peephole:
                 self._filled[id(out)] = (args[0], number)
         if name == "sigmoid" or (name in _VIEWS and id(args[0]) in self._probabilities):
             self._probabilities.add(id(out))
+        if name in ELEMENTWISE and not kwargs and (len(args) < 5 or args[2:] == (None, None, 0)):
+            self._elementwise[id(out)] = (func, *args)
         if name == "expand":
             self._expanded[id(out)] = args[0]
         elif name == "addcmul" and len(args) == 3 and not out.requires_grad and _is_rank_one(*args):
@@ -130,7 +136,13 @@ class Peephole:
         }
         self._filled.pop(id(tensor), None)
         self._probabilities.discard(id(tensor))
-        tables: list[dict[int, Any]] = [self._expanded, self._unsqueezed, self._rank_one, self._cross_entropy]
+        tables: list[dict[int, Any]] = [
+            self._expanded,
+            self._unsqueezed,
+            self._rank_one,
+            self._elementwise,
+            self._cross_entropy,
+        ]
         for table in tables:
             for key, of in list(table.items()):
                 if key == id(tensor) or any(part is tensor for part in (of if isinstance(of, tuple) else (of,))):
@@ -289,6 +301,12 @@ class Peephole:
         grown = call(LOG_RATIO_OF_BITS, before, lead, weight, targets, None)
         return call(torch.add, call(Tensor.movedim, grown, -1, 0), call(runtime.log_prob_of_bits, before, targets))
 
+    def _of_gathered(self, call: _Call) -> Tensor | None:
+        made = self._elementwise.get(id(call.args[0]))
+        return (
+            None if made is None or call.kwargs else gathered(self._recorder.call, call.args[0], made, *call.args[1:])
+        )
+
     def _without_gradient(self, call: _Call) -> Tensor | None:
         return None if call.kwargs or call.args[0].requires_grad else self._recorder.handed_out(call.args[0])
 
@@ -362,6 +380,7 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
     "logical_and": (Peephole._and_true,),
     "where": (Peephole._where_true,),
     "detach": (Peephole._without_gradient,),
+    "gather": (Peephole._of_gathered,),
     **dict.fromkeys(("permute", "movedim"), (Peephole._unmoved,)),
     "bernoulli": (Peephole._compared,),
 }

@@ -12,6 +12,7 @@ from scg.backends.recorder import record_constant
 from scg.backends.sample_dims import Batched
 from scg.errors import EstimatorError
 from scg.estimators.base import SequenceContext, SequenceEstimator
+from scg.estimators.categorical import log_prob_of_support
 from scg.estimators.frames import Frame
 from scg.estimators.rows import own_dims
 from scg.ir import Sample
@@ -39,9 +40,8 @@ def draw_in_sequence(run: Interpreter, site: Sample) -> Batched:
     place = _Place(frame, site, dims, [1 if first and d == frame.name else run.dims.size(d) for d in dims])
     run._check(site, run.distribution(site.dist, run._param_dims(site.dist)))
     known = [name for name in dims if not (first and name == frame.name)]
-    lead = [1] * (len(known) + len(place.elements))
     dist = run.distribution(site.dist, known, [1] * len(site.sample_shape))
-    log_p = dist.log_prob(support.reshape([len(support), *lead, *support.shape[1:]])).detach()
+    log_p = log_prob_of_support(dist, support, len(known) + len(place.elements))
     if first:
         log_p = log_p.unsqueeze(1 + place.row)
     log_p = place.apart(log_p.to(torch.promote_types(log_p.dtype, torch.float32)))

@@ -21,7 +21,7 @@ def unordered_set(model: Mixture, x: Tensor, state: Any) -> Tensor:
     """For sets of two the weights have closed forms, and so has the built-in baseline."""
     log_p = torch.log_softmax(model.gate(x), -1)
     with torch.no_grad():
-        u = torch.rand(log_p.shape[::-1], dtype=log_p.dtype).T.clamp(min=torch.finfo(log_p.dtype).tiny)
+        u = torch.rand_like(log_p).clamp(min=torch.finfo(log_p.dtype).tiny)
         index = (torch.log(-torch.log1p(-u)) - log_p).sort(-1).indices[..., :2].T  # [2, B]
     log_s = log_p.gather(-1, index.T).T  # [2, B]
     logits = model.out(torch.tanh(model.table[index] + model.skip(x)))
@@ -39,7 +39,7 @@ def without_replacement(model: Mixture, x: Tensor, state: Any) -> Tensor:
     """Two outcomes, weighted by one over the probability that they come before the third."""
     log_p = torch.log_softmax(model.gate(x), -1)
     with torch.no_grad():
-        u = torch.rand(log_p.shape[::-1], dtype=log_p.dtype).T.clamp(min=torch.finfo(log_p.dtype).tiny)
+        u = torch.rand_like(log_p).clamp(min=torch.finfo(log_p.dtype).tiny)
         times, order = (torch.log(-torch.log1p(-u)) - log_p).sort(-1)
         index = order[..., :2].T  # [2, B]
     log_s = log_p.gather(-1, index.T).T  # [2, B]

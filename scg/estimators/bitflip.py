@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
 from scg.estimators.local_expectation import finite
-from scg.estimators.rerun import groups, joined_sizes, other_outcomes
+from scg.estimators.rerun import element_sizes, groups, other_outcomes, pick
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,9 @@ class BitFlip(RerunEstimator):
         return 1 + (len(site.support) - 1 if site.support is not None else 1)
 
     def term(self, context: SiteContext) -> Tensor:
-        outcomes = other_outcomes(context)  # [S-1, *dims | *elements | *event]
-        chosen = pick(context, torch.ones_like(context.log_prob.detach()))
-        wide = chosen.reshape([*chosen.shape, *[1] * context.site.event_ndim])
-        found = context.rerun(torch.where(wide, outcomes, context.value))
-        p = context.log_prob_of(outcomes).exp()
-        gain = torch.where(torch.logical_and(chosen, p > 0), found.signal - context.signal, 0.0)
+        outcomes, event = other_outcomes(context), context.site.event_ndim  # [S-1, *dims | *elements | *event]
+        picked = pick(context, context.value.new_ones(element_sizes(context), dtype=context.log_prob.dtype))
+        found = context.rerun(picked.put(picked.of(outcomes, event), context.value, event))
+        p = picked.of(context.log_prob_of(outcomes)).exp()
+        gain = torch.where(p > 0, picked.of(found.signal) - picked.of(context.signal), 0.0)
         return (p * gain).sum(0) * groups(context)
-
-
-def pick(context: SiteContext, weights: Tensor) -> Tensor:
-    """One of the joined elements, with probability proportional to ``weights [*dims | *elements]``; as a mask."""
-    if not context.joined:
-        return torch.ones_like(weights, dtype=torch.bool)
-    lead = weights.dim() - len(context.site.element_shape)
-    joined = [lead + dim for dim in context.joined]
-    alone = [axis for axis in range(weights.dim()) if axis not in joined]
-    table = weights.permute([*alone, *joined]).reshape([-1, groups(context)])
-    index = torch.multinomial(table, 1).squeeze(-1)
-    mask = index.unsqueeze(-1) == torch.arange(groups(context), device=index.device)
-    mask = mask.reshape([*(weights.shape[axis] for axis in alone), *joined_sizes(context)])
-    order = [*alone, *joined]
-    return mask.permute([order.index(axis) for axis in range(weights.dim())])

@@ -32,6 +32,24 @@ def log_probabilities(dist: Distribution) -> Tensor:
     return log_p.to(torch.promote_types(log_p.dtype, torch.float32)).clamp_min(FLOOR)
 
 
+def log_prob_of_support(dist: Distribution, support: Tensor, dims: int) -> Tensor:
+    """Log probabilities of all outcomes, detached.
+
+    Args:
+        dist: of batch shape up to broadcasting to ``dims`` dims.
+        support: its outcomes in their order, ``[S, *event]``.
+        dims: as many of size 1 stand between the outcomes and the event.
+
+    Returns:
+        ``[S, *batch]``, of as many dims.
+    """
+    if type(dist) in (Categorical, OneHotCategorical):  # no need to look them up one by one
+        logits: Tensor = dist.logits  # type: ignore[attr-defined]
+        first = logits.detach().movedim(-1, 0)
+        return first.reshape([len(first), *[1] * (dims + 1 - first.dim()), *first.shape[1:]])
+    return dist.log_prob(support.reshape([len(support), *[1] * dims, *support.shape[1:]])).detach()
+
+
 def drawn_category(context: SiteContext) -> Tensor:
     """The index of the draw.  ``[*dims | *elements]``"""
     value = context.value

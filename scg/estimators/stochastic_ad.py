@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, Geometric, Poisson
 
 from scg.estimators.base import RerunEstimator, SiteContext, SiteInfo, Support
-from scg.estimators.bitflip import pick
-from scg.estimators.rerun import sum_joined
+from scg.estimators.rerun import pick, sum_joined
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,13 @@ class StochasticAD(RerunEstimator):
     def term(self, context: SiteContext) -> Tensor:
         parameter, rate, step = _alternative(context.dist, context.value)
         rate = rate.expand(context.value.shape)
-        positive = sum_joined(context, rate) > 0  # else nothing can jump: any element will do
-        chosen = pick(context, torch.where(positive, rate, 1.0))
-        jumps = chosen & (rate > 0)  # beyond its support an outcome may have no density
-        found = context.rerun(torch.where(jumps, context.value + step, context.value).unsqueeze(0))
-        gain = torch.where(chosen, found.signal[0] - context.signal, 0.0)
-        return parameter * (sum_joined(context, rate) * gain).detach()
+        total = sum_joined(context, rate)
+        picked = pick(context, torch.where(total > 0, rate, 1.0))  # where nothing can jump any element will do
+        value = picked.of(context.value)
+        jumped = torch.where(picked.of(rate) > 0, value + step, value)  # beyond its support an outcome has no density
+        found = context.rerun(picked.put(jumped, context.value).unsqueeze(0))
+        gain = picked.of(found.signal)[0] - picked.of(context.signal)
+        return picked.of(parameter) * (total * gain).detach()
 
 
 def _alternative(dist: Any, z: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -59,7 +59,7 @@ def _alternative(dist: Any, z: Tensor) -> tuple[Tensor, Tensor, float]:
     p = dist.probs.detach()
     other = (1 - p).clamp_min(torch.finfo(p.dtype).tiny)  # where it is zero nothing can jump
     if isinstance(dist, Bernoulli):
-        return dist.probs, torch.where(z < 0.5, 1 / other, torch.zeros_like(z)), 1.0
+        return dist.probs, (1 - z) / other, 1.0
     if isinstance(dist, Binomial):
         return dist.probs, (dist.total_count.detach() - z) / other, 1.0
     return dist.probs, z / (p * other), -1.0

@@ -20,6 +20,7 @@ from scg.estimators.base import (
     Step,
     Support,
 )
+from scg.estimators.categorical import log_prob_of_support
 from scg.estimators.sequences import Beam, BeamSearch
 
 _FLOOR = -1e3
@@ -109,8 +110,8 @@ class Outcomes:
         self.support, self.event_ndim = support, len(dist.event_shape)
         self.joined, elements = joined, torch.Size([*shape, *batch])
         self.sizes = [elements[dim] for dim in joined]
-        outcomes = support.reshape(torch.Size([len(support), *[1] * len(batch), *dist.event_shape]))
-        log_p = dist.log_prob(outcomes).detach().movedim(0, -1).expand(torch.Size([*elements, len(support)]))
+        log_p = log_prob_of_support(dist, support, len(batch)).movedim(0, -1)
+        log_p = log_p.expand(torch.Size([*elements, len(support)]))
         log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
         self._places = [len(elements) - len(joined) + i for i in range(len(joined))]
         apart = log_p.movedim(joined, self._places)  # [*N, *joined, S]

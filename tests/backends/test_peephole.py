@@ -146,6 +146,17 @@ def test_what_is_negated_twice_or_changed_by_nothing_is_left_out() -> None:
     _recorded(written, torch.tensor([0.5, -1.5, 2.5]))
 
 
+def test_of_what_is_gathered_alone_is_computed() -> None:
+    def calls(x: Tensor) -> Tensor:
+        index = torch.tensor([[3], [7]])
+        wide = torch.sigmoid(x.expand(2, 8)) - x.exp() / x[:1]
+        return wide.gather(1, index) + torch.tanh(wide).gather(-1, index.expand(2, 4)).sum()
+
+    code = _recorded(calls, nn.Parameter(torch.linspace(0.1, 2, 8)))
+    assert code.count(".gather(") == 3  # of x, of what is expanded only then, and of half of all
+    assert re.search(r"sigmoid\(gather\w*\)", code) and re.search(r"tanh\(sub\w*\)", code)
+
+
 def test_calls_on_detached_arguments_share_those_with_gradient() -> None:
     def calls(x: Tensor) -> Tensor:
         with_gradient, fixed = torch.sigmoid(x), x.detach()

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import scg
 from tests.estimators.mixes import CHAIN, assert_unbiased_in_chain, problems, tied_rows
 from tests.law2 import assert_unbiased
-from tests.problems import PROBLEMS
+from tests.problems import PROBLEMS, Problem
 
 FAMILY = ("local_expectation", "bitflip")
 """The estimators of any finite support that evaluate single changes."""
@@ -172,3 +172,15 @@ def test_refusals_say_why() -> None:
 @scg.opaque(pure=False)
 def _environment(z: Tensor) -> Tensor:
     return z * 2
+
+
+@pytest.mark.parametrize("estimator", ["bitflip", "stochastic_ad"])
+def test_one_of_a_matrix_is_picked(estimator: str) -> None:
+    """Elements of two dims meet in one cost, those of the third do not."""
+    logits = nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 2, 2))
+
+    def model() -> Tensor:
+        z = Bernoulli(logits=logits).sample()
+        return ((z.sum((0, 2)) - 1.2) ** 3 + z.prod(0).prod(-1)).sum()
+
+    assert_unbiased(Problem(model), estimator=estimator)

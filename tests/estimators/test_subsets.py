@@ -407,3 +407,16 @@ def test_refusals_say_why() -> None:
         scg.compile(tied, estimator=WithoutReplacement(samples=4), example_inputs=())
     with pytest.raises(ValueError, match="samples=13 is over 12"):
         UnorderedSet(samples=13)
+
+
+@pytest.mark.parametrize("estimator", [SumAndSample(), UnorderedSet(), WithoutReplacement()])
+@pytest.mark.parametrize("family", [Categorical, OneHotCategorical])
+def test_probabilities_of_all_categories_are_not_looked_up(family: Any, estimator: Any) -> None:
+    logits = nn.Parameter(torch.randn(4, 3))
+
+    def model() -> Tensor:
+        z = family(logits=logits).sample()
+        return (z**2.0 * torch.arange(4.0).reshape(4, *[1] * (z.dim() - 1))).sum()
+
+    code = str(scg.compile(model, estimator=estimator, example_inputs=()).code)
+    assert "expand((3, 4, 3))" not in code and "expand([3, 4, 3])" not in code
