@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from scg import ir
 from scg.capture import Captured, Change, captured, restored
 from scg.errors import StateWarning, TraceError
+from scg.host_random import HostRandom
 from scg.interception import intercept, intercept_functions
 from scg.ir import Graph, Ref
 from scg.primitives import handling
@@ -50,15 +51,29 @@ def trace(
     Returns:
         The graph before any pass.
     """
-    try:
-        return _trace(model, tuple(args), dict(kwargs or {}), in_parts=False)
-    except InnerGradient:
-        return _trace(model, tuple(args), dict(kwargs or {}), in_parts=True)
-
-
-def _trace(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], in_parts: bool) -> Graph:
-    """One recording; ``in_parts``: of a model that takes gradients inside, see `OperationMode`."""
     found = captured(model)
+
+    def run() -> Graph:
+        try:
+            return _trace(model, found, tuple(args), dict(kwargs or {}), in_parts=False)
+        except InnerGradient:
+            return _trace(model, found, tuple(args), dict(kwargs or {}), in_parts=True)
+
+    host = HostRandom(found.alive)
+    graph = run()
+    if (place := host.place_of_draw(run)) is not None:
+        where = f"{place}: " if place else _place(model)
+        raise TraceError(
+            f"{where}a random number that is not PyTorch's, which all calls would share.\n  Draw it with torch, as in "
+            "torch.rand(()), or outside of the model, and give it as an argument or an attribute."
+        )
+    return graph
+
+
+def _trace(
+    model: Callable[..., Any], found: Captured, args: tuple[Any, ...], kwargs: dict[str, Any], in_parts: bool
+) -> Graph:
+    """One recording; ``in_parts``: of a model that takes gradients inside, see `OperationMode`."""
     for path, module in found.modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(f"{path or 'the model'} is a TorchScript module: use the Python module it was made from.")

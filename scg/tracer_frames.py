@@ -79,11 +79,12 @@ def _line_and_scope(modules: Mapping[int, str]) -> tuple[str, str]:
         if code.co_name == "forward" or (code.co_argcount and code.co_varnames[0] == "self" and loc is not None):
             path = modules.get(id(frame.f_locals.get("self")))
             if path is not None:
-                return loc or _outer_loc(frame), path
+                return loc or outer_loc(frame), path
     return loc or "", ""
 
 
-def _outer_loc(frame: FrameType | None) -> str:
+def outer_loc(frame: FrameType | None) -> str:
+    """``file.py:line`` of the innermost user's frame from ``frame`` outwards, or an empty string."""
     while frame is not None:
         if is_users_file(frame.f_code.co_filename):
             return describe(frame.f_code.co_filename, frame.f_lineno)
