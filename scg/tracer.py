@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import disable_autocast_cache
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from scg import ir
@@ -77,6 +78,9 @@ def _trace(
     for path, module in found.modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(f"{path or 'the model'} is a TorchScript module: use the Python module it was made from.")
+    for path, tensor in found.tensors.items():
+        if is_lazy(tensor):
+            raise TraceError(f"{path} has no shape yet: call the model once before it is compiled.")
     recorder = Recorder(FakeTensorMode(allow_non_fake_inputs=True), found)
     with _lock, restored(found) as changes, _recording(recorder, in_parts):
         fake_args, fake_kwargs = _fake_arguments(recorder, model, args, kwargs)

@@ -343,20 +343,25 @@ class Recorder(TorchFunctionMode):
             raise TraceError(f"{user_loc()}: {func.__name__}() reads the values of traced tensors: use torch.stack().")
         if func is Tensor.__getitem__:
             return _get_item(args[0], args[1])
+        if kwargs.get("generator") is not None:
+            raise TraceError(
+                f"{user_loc()}: {func.__name__}() takes no generator= here: a compiled program draws from torch's own. "
+                "Leave it out; torch.manual_seed makes the draws the same again."
+            )
         if func in _RANDOM and any(map(self.is_live, (*args, *kwargs.values()))):
             return _RANDOM[func](self, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _bernoulli(self, input: Tensor, p: Any = None, *, generator: Any = None, out: Any = None) -> Tensor:
         if p is not None:  # the values of `input` play no part
-            return torch.bernoulli(input, p, generator=generator)
-        self._refuse_options(generator, out)
+            return torch.bernoulli(input, p)
+        _refuse_out(out)
         return self._draw(Bernoulli(probs=input), "sample")
 
     def _multinomial(
         self, input: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None, out: Any = None
     ) -> Tensor:
-        self._refuse_options(generator, out)
+        _refuse_out(out)
         if num_samples == 1:
             return self._draw(Categorical(probs=input), "sample").unsqueeze(-1)
         if not replacement:
@@ -367,12 +372,8 @@ class Recorder(TorchFunctionMode):
         return self._draw(Categorical(probs=input), "sample", (num_samples,)).movedim(0, -1)
 
     def _normal(self, mean: Any, std: Any = 1.0, size: Any = None, *, generator: Any = None, out: Any = None) -> Tensor:
-        self._refuse_options(generator, out)
+        _refuse_out(out)
         return self._draw(Normal(mean, std), "sample", () if size is None else tuple(size))
-
-    def _refuse_options(self, generator: Any, out: Any) -> None:
-        if generator is not None or out is not None:
-            raise TraceError(f"{user_loc()}: a draw with learned parameters takes no generator= or out=.")
 
     def _refuse(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Raises, unless the value is a literal of the program (``torch.tensor(2.0).item()``)."""
@@ -436,6 +437,11 @@ def opaque_result(spec: OpaqueSpec, args: tuple[Any, ...]) -> Any:
         for shape, dtype in zip(shapes, dtypes, strict=True)
     )
     return outputs if several else outputs[0]
+
+
+def _refuse_out(out: Any) -> None:
+    if out is not None:
+        raise TraceError(f"{user_loc()}: a draw with learned parameters takes no out=.")
 
 
 def _get_item(tensor: Tensor, index: Any) -> Tensor:

@@ -336,6 +336,24 @@ def test_other_random_functions_of_learned_parameters_are_refused(draw: Callable
         trace(lambda: draw(w.sigmoid()).float().sum())
 
 
+@pytest.mark.parametrize("draw", [
+    lambda p, g: torch.bernoulli(p, generator=g), lambda p, g: torch.rand(3, generator=g) * p,
+    lambda p, g: torch.randn(3, generator=g) * p,
+])  # fmt: skip
+def test_a_generator_of_the_user_s_is_refused(draw: Callable[..., Tensor]) -> None:
+    w, generator = weight(3), torch.Generator()
+    with pytest.raises(TraceError, match=r"test_tracer.py:\d+: .*generator=.*manual_seed"):
+        trace(lambda: draw(w.sigmoid(), generator).sum())
+
+
+def test_lazy_modules_are_to_be_called_once() -> None:
+    model = Model(lambda m, x: Bernoulli(logits=m.net(x)).sample().sum(), net=nn.LazyLinear(2))
+    with pytest.raises(TraceError, match=r"net.weight has no shape yet: call the model once"):
+        trace(model, (X,))
+    model(X)
+    assert len(trace(model, (X,)).sites) == 1
+
+
 # -- modules -----------------------------------------------------------------------------------------------------------
 def seeded(make: Callable[[], Any]) -> Any:
     torch.manual_seed(3)
