@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,23 @@ def test_a_hand_written_surrogate_warns() -> None:
         scg.compile(loss)()
     assert any("return the cost itself" in str(w.message) for w in caught)
 
+    rewards = torch.tensor([1.0, -2.0])
+
+    def policy() -> Tensor:  # a reward has no gradient, so that nobody detaches it
+        q = Bernoulli(logits=w)
+        action = q.sample()
+        return -q.log_prob(action) * rewards[action.long()]
+
+    with pytest.warns(scg.BiasWarning, match="no gradient.*return the cost itself"):
+        scg.compile(policy)()
+
+    def learned() -> Tensor:  # an energy: nothing says that it is a reward
+        q = Bernoulli(logits=w)
+        z = q.sample()
+        return q.log_prob(z) * (w * z)
+
+    scg.compile(learned)().backward()
+
     def weighted() -> Tensor:  # of data: nothing is added, and weighing their likelihood is right
         q = Bernoulli(logits=w)
         with torch.no_grad():
@@ -288,6 +306,31 @@ def test_a_hand_written_surrogate_warns() -> None:
         return -q.log_prob(z) * ((z - 0.3) ** 2).detach()
 
     scg.compile(weighted)().backward()  # warnings are errors
+
+
+@pytest.mark.parametrize("passed", [lambda z, p: z + p - p.detach(), lambda z, p: (z - p).detach() + p])
+def test_a_straight_through_estimator_by_hand_warns(passed: Callable[[Tensor, Tensor], Tensor]) -> None:
+    w = nn.Parameter(torch.tensor([0.3, -1.0]))
+
+    def loss(drawn: Callable[[Distribution], Tensor]) -> Tensor:
+        q = Bernoulli(logits=w)
+        return (passed(drawn(q), q.probs) - 0.3).square().sum()
+
+    with pytest.warns(scg.BiasWarning, match=r"test_pipeline.py:\d+.*%z the gradient of.*straight_through.*no_grad"):
+        scg.compile(lambda: loss(lambda q: scg.sample(q, "z")))()
+
+    def as_data(q: Distribution) -> Tensor:
+        with torch.no_grad():
+            return q.sample()
+
+    scg.compile(lambda: loss(as_data))().backward()  # theirs alone: warnings are errors
+    before, after = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def quantized() -> Tensor:  # of a function of the draw, which has no gradient of its own
+        z = after(Normal(before(w), 1.0).rsample())
+        return (z + (z.round() - z).detach()).square().sum()
+
+    scg.compile(quantized)().backward()
 
 
 def test_smoothness_is_checked_without_being_asked() -> None:
