@@ -68,7 +68,7 @@ class InsertEstimators:
             if not any(fnmatch.fnmatchcase(name, glob) for name in names):
                 raise EstimatorError(f"estimators={{{glob!r}: …}} matches no site; sites: {', '.join(names) or 'none'}")
         if self.samples > 1:
-            _refuse_shared_noise(graph)
+            graph = _with_shared_noise(graph)
         choice = _Choice(self, graph)
         decided = [choice.decide(site) for site in graph.of(Sample)]
         choice.check_marginals()
@@ -107,20 +107,30 @@ class InsertEstimators:
         return {site.name: choice.info(site) for site in sites}
 
 
-def _refuse_shared_noise(graph: Graph) -> None:
-    """Noise that is no draw has one value for all samples: a bound would join draws that are not independent."""
+def _with_shared_noise(graph: Graph) -> Graph:
+    """Notes noise that is no draw, which has one value for all samples.
+
+    Raises:
+        EstimatorError: it is above a bound, which would join draws that are not independent.
+    """
+    noise = {node.name: node for node in graph if isinstance(node, Op) and is_random(node) and _reads_nothing(node)}
     for bound in graph.of(Bound):
-        above = graph.ancestors([bound.value])
-        for node in graph:
-            if node.name not in above or not isinstance(node, Op) or not is_random(node):
-                continue
-            operation = lookup(node.target)
-            if operation is not None and operation.kind == "nothing":
-                raise EstimatorError(
-                    f"%{node.name} ({node.loc}): the draws that %{bound.name} ({bound.loc}) joins would share this "
-                    "noise.\n  Make it a draw, as in Normal(0.0, 1.0).expand(shape).rsample(), or to share it, give "
-                    "it to the model as an argument."
-                )
+        for name in sorted(noise.keys() & graph.ancestors([bound.value])):
+            raise EstimatorError(
+                f"%{name} ({noise[name].loc}): the draws that %{bound.name} ({bound.loc}) joins would share this "
+                "noise.\n  Make it a draw, as in Normal(0.0, 1.0).expand(shape).rsample(), or to share it, give it to "
+                "the model as an argument."
+            )
+    notes = [
+        f"%{name} ({noise[name].loc}) is noise and no draw: it is the same for all samples"
+        for name in noise.keys() & graph.ancestors([graph.objective])
+    ]
+    return dataclasses.replace(graph, notes=(*graph.notes, *sorted(notes)))
+
+
+def _reads_nothing(node: Op) -> bool:
+    operation = lookup(node.target)
+    return operation is not None and operation.kind == "nothing"
 
 
 class _Choice:

@@ -184,3 +184,13 @@ def test_noise_drawn_from_a_distribution_is_one_a_draw() -> None:
     torch.manual_seed(0)
     one, many = (torch.stack([scg.compile(model, samples=K)().detach() for _ in range(20)]).mean() for K in (1, 50))
     assert many < one - 1
+
+
+def test_explain_says_which_noise_all_samples_share() -> None:
+    w = nn.Parameter(torch.tensor([0.4, -0.7], dtype=DTYPE))
+
+    def model() -> Tensor:
+        return ((Bernoulli(logits=w).sample() + torch.randn(2, dtype=DTYPE)) ** 2).sum()
+
+    assert "same for all samples" in str(scg.compile(model, samples=3, example_inputs=()).explain())
+    assert "same for all samples" not in str(scg.compile(model, example_inputs=()).explain())
