@@ -101,3 +101,13 @@ def test_a_compiled_module_takes_part_with_what_it_uses() -> None:
     compiled = scg.compile(Mixed(), estimators={"b": "arm"})
     tuned = scg.autotune(compiled, budget=1, estimators=["score_function"], samples=(1,), progress=False)
     assert "as compiled" in [row.setting.label for row in tuned.comparison.rows]
+
+
+def test_an_exact_gradient_needs_one_draw() -> None:
+    logits = torch.nn.Parameter(torch.zeros(3))
+
+    def model() -> Tensor:
+        return (Categorical(logits=logits).sample() - 0.4).square()
+
+    tuned = scg.autotune(model, budget=2, estimators=["enumerate"], samples=(8, 4, 1), progress=False)
+    assert tuned.choice.work == 0 and tuned.arguments["samples"] == 1

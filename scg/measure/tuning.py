@@ -94,7 +94,9 @@ def autotune(
         search = _Search(race, infos, specs, tuple(samples), allow_biased, CRITERIA[criterion], budget)
         reasons = search.run(_incumbent(compiled))
         rows = [row for row in race.results() if row.unbiased or allow_biased]
-    choice = min((row for row in rows if row.setting in search.finalists), key=CRITERIA[criterion])
+    last = sorted((row for row in rows if row.setting in search.finalists), key=CRITERIA[criterion])
+    exact = [row for row in last if row.work == last[0].work == 0]  # of these more draws are no better
+    choice = min(exact or last[:1], key=lambda row: (row.setting.samples, row.seconds))
     reasons.append(f"chosen: {choice.setting}; variance {choice.variance:.3g}, {1e3 * choice.seconds:.3g} ms a step.")
     comparison = Comparison(compiled.graph.name, tuple(rows), race.refused)
     return Tuned(_arguments(choice.setting), choice, comparison, tuple(reasons))
