@@ -37,6 +37,9 @@ RULES: dict[str, Rule] = {name: rule for group in GROUPS for names, rule in grou
 _WRONG_UNDER_VMAP = {"index_fill", "linspace", "logspace"}
 """Operations of which torch.vmap gives other values than a loop."""
 
+_FROM_STORAGE = {"as_strided_scatter"}
+"""Operations without a vmap rule that count from where the storage starts: a row of theirs must have its own."""
+
 
 class Batcher:
     """Executes IR operations on `Batched` values."""
@@ -123,6 +126,9 @@ class Mapped:
         args, kwargs = tree_unflatten(flat, self.spec)
         return self.target(*args, **kwargs)
 
+    def _on_copies(self, *tensors: Tensor) -> Any:
+        return self._single(*(t.clone() for t in tensors))
+
     def __call__(self, *tensors: Tensor) -> Any:
         if not self.looped:
             try:
@@ -134,7 +140,8 @@ class Mapped:
             else:
                 self.looped = False
                 return out
-        return loop_rows(self._single, tensors, self.axes, self.rows)
+        single = self._on_copies if packet_name(self.target) in _FROM_STORAGE else self._single
+        return loop_rows(single, tensors, self.axes, self.rows)
 
 
 def check_shape(op: Op, value: Value, dims: SampleDims) -> None:

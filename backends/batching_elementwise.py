@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,12 +36,25 @@ def _loss(position: int) -> Rule:
     return rule
 
 
+def _clamp(call: Call) -> Any:
+    """Torch cannot take the gradient of a clamp between two tensors if just one of them is larger than the value."""
+    ndim = call.ndim
+    return call.on(lambda value: call.full(value, ndim))
+
+
 def _masked_fill(call: Call) -> Any:
     x, mask, value = call.args
     if not isinstance(value, Batched):
         return call.broadcast()
     ndim = call.ndim  # `masked_fill` itself takes no value with sample dims
     return torch.where(call.tensor(mask, ndim), call.tensor(value, ndim), call.tensor(x, ndim))
+
+
+def _copy(call: Call) -> Any:
+    """Copies and casts; a memory format is one for the rank of one draw, and changes no value."""
+    args = tuple(None if isinstance(arg, torch.memory_format) else arg for arg in call.args)
+    kwargs = {name: arg for name, arg in call.kwargs.items() if not isinstance(arg, torch.memory_format)}
+    return replace(call, args=args, kwargs=kwargs).broadcast()
 
 
 def _type_as(call: Call) -> Any:
@@ -59,12 +73,14 @@ def _factory(call: Call) -> Any:
 ELEMENTWISE: Rules = (
     # beyond those that torch tags as pointwise, which need no rule
     ("__and__ __or__ __xor__ rsub isclose where hardswish log_sigmoid", Call.broadcast),
-    ("to _to_copy detach clone contiguous alias lift_fresh_copy", Call.broadcast),
+    ("detach alias lift_fresh_copy", Call.broadcast),
+    ("to _to_copy clone contiguous", _copy),
     ("bernoulli binomial poisson normal dropout alpha_dropout", Call.broadcast),
     ("mse_loss l1_loss huber_loss smooth_l1_loss soft_margin_loss kl_div", _loss(2)),
     ("binary_cross_entropy", _loss(3)),
     ("binary_cross_entropy_with_logits", _loss(4)),
     ("poisson_nll_loss", _loss(5)),
+    ("clamp clip", _clamp),
     ("masked_fill", _masked_fill),
     ("type_as", _type_as),
     ("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty", _factory),

@@ -79,7 +79,7 @@ def _roll(call: Call) -> Any:
 # -- joining and taking apart -----------------------------------------------------------------------------------------
 def _cat(call: Call) -> Any:
     tensors: Sequence[Batched] = call.args[0]
-    kept = [t for t in tensors if t.shape != (0,)]  # torch takes an empty vector for nothing, whatever the rank
+    kept = [t for t in tensors if t.shape != (0,)] or tensors  # an empty vector joins whatever the rank of the others
     return torch.cat([call.full(t) for t in kept], from_right(call.arg(1, "dim", 0), kept[0].ndim))
 
 

@@ -49,7 +49,7 @@ def functional_form(node: Op) -> tuple[Callable[..., Any] | None, list[Ref]]:
 
 
 def _parameter(spec: Any) -> tuple[str, str]:
-    return spec.name, str(spec.type)
+    return "self" if spec.name == "input" else spec.name, str(spec.type)  # `dropout_` names it so, `dropout` does not
 
 
 def _overloads(name: str) -> Iterator[Callable[..., Any]]:

@@ -51,7 +51,7 @@ def _looped(op: Op, inputs: Mapping[str, Batched], constants: Mapping[str, Tenso
     results = []
     for index in itertools.product(*(range(size) for size in DIMS.sizes(dims))):
         at = dict(zip(dims, index, strict=True))
-        row = {name: value.tensor[tuple(at[d] for d in value.dims)] for name, value in inputs.items()}
+        row = {name: value.tensor[tuple(at[d] for d in value.dims)].clone() for name, value in inputs.items()}
         results.append(run(op, {**row, **constants}))
 
     def stack(*items: Tensor) -> Tensor:
@@ -116,12 +116,32 @@ def test_batched_equals_a_loop(name: str) -> None:
         (ATEN.lstm_cell.default, (floats(2, 3), [floats(2, 4), floats(2, 4)], floats(16, 3), floats(16, 4))),
         (ATEN.movedim.intlist, (floats(2, 3), [], [])),
         (ATEN.conv1d.default, (floats(3, 5), floats(4, 3, 2))),
+        (ATEN.to.dtype, (floats(2, 3, 4, 4), torch.float32, False, False, torch.channels_last)),  # a format for rank 4
+        (ATEN.cat.default, ([floats(0), floats(0)],)),
+        (ATEN.as_strided_scatter.default, (floats(4), floats(2), [2], [2], 1)),  # counts from where the storage starts
     ],
 )
 def test_forms_beside_those_of_the_table(target: Any, args: tuple[Any, ...]) -> None:
     case = example(target, args, known=False)
     for carried in _choices(list(case.inputs)):
         _agree(case, carried)
+
+
+@pytest.mark.parametrize("target", [ATEN.clone.default, ATEN.contiguous.default, ATEN._to_copy.default])
+def test_a_memory_format_is_one_of_each_row(target: Any) -> None:
+    case = example(target, (floats(2, 3, 4, 4),), {"memory_format": torch.channels_last})
+    for carried in _choices(list(case.inputs)):
+        _agree(case, carried)
+
+
+def test_a_clamp_by_a_sampled_bound_has_a_gradient() -> None:
+    value, low = floats(4).requires_grad_(), floats(4) - 0.5
+    high = _vary(floats(4), ("K",)).requires_grad_()
+    args = (Batched(value), Batched(low), Batched(high, ("K",)))
+    got = Batcher(DIMS).run(Op(name="y", target=ATEN.clamp.Tensor), args, {}).tensor
+    want = torch.stack([value.clamp(low, row) for row in high])
+    found, wanted = (torch.autograd.grad((y * y).sum(), (value, high)) for y in (got, want))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_every_operation_has_one_rule() -> None:

@@ -49,6 +49,13 @@ def activations(x: Tensor, y: Tensor) -> Any:
 
 
 @program
+def dropout_at_evaluation(x: Tensor, y: Tensor) -> Any:
+    z = x * 3
+    kept = F.alpha_dropout(F.dropout(z, 0.5, training=False, inplace=True), 0.5, training=False, inplace=True)
+    return kept.mul_(y), z
+
+
+@program
 def first_row(x: Tensor, y: Tensor) -> Any:
     z = x.clone()
     z[0] = y[1]
