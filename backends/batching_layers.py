@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -72,9 +73,20 @@ def _batch_norm(call: Call) -> Any:
 
 
 def _embedding(call: Call) -> Any:
-    if call.args[0].dims:
-        raise NoRule
-    return call.as_is()
+    """Rows of a sampled table are those of one long table; vmap would give its row for padding a gradient."""
+    table, index = call.args[:2]
+    if not table.dims:
+        return call.as_is()
+    (size, width), pad = table.shape, call.arg(2, "padding_idx", -1)
+    values = call.full(table)
+    if pad >= 0:
+        at = torch.arange(size, device=values.device)[:, None]
+        values = torch.where(at == pad, values.detach(), values)
+    places = call.full(index)
+    count = math.prod(call.sizes)
+    offsets = torch.arange(0, count * size, size, device=places.device)
+    places = places + offsets.reshape([*call.sizes, *[1] * index.ndim])
+    return call.with_arg(2, "padding_idx", -1).with_first(values.reshape([count * size, width]), places).as_is()
 
 
 def _attention(call: Call) -> Any:

@@ -400,7 +400,8 @@ def _is_float(node: Op) -> bool:
 def is_linear(node: Op, influenced: Collection[Ref]) -> bool:
     """Is ``node`` jointly affine in its inputs ``influenced`` while its other inputs stand still?
 
-    A `detach` is not: nothing flows back through it. Of casts only the output's dtype is looked at.
+    A `detach` is not, as nothing flows back through it, nor is a lookup that has a row for padding. Of casts only the
+    output's dtype is looked at.
 
     >>> x, w = Ref("x"), Ref("w")
     >>> f32 = TensorType(torch.float32, (3,))
@@ -411,7 +412,7 @@ def is_linear(node: Op, influenced: Collection[Ref]) -> bool:
     if node.target is operator.getitem:
         return True
     op = lookup(node.target)
-    if op is None or is_random(node) or op.discontinuous:
+    if op is None or is_random(node) or op.discontinuous or is_padded(node):
         return False
     if isinstance(node.type, TensorType) and not _is_float(node):
         return False
@@ -441,6 +442,11 @@ def is_discontinuous(node: Op) -> bool:
         return packet_name(node.target) is not None
     named = bind(node)
     return named.get("rounding_mode") is not None or named.get("ord", named.get("p")) == 0
+
+
+def is_padded(node: Op) -> bool:
+    """Is it a lookup in a table that has a row for padding, to which its backward sends nothing?"""
+    return packet_name(node.target) == "embedding" and bind(node)["padding_idx"] >= 0
 
 
 def _is_guard(node: Op) -> bool:

@@ -123,6 +123,8 @@ def test_is_linear() -> None:
     assert is_linear(op(ATEN.einsum.default, "i,i->i", [A, B]), {B})
     assert not is_linear(op(ATEN.einsum.default, "i,i->i", [A, B]), {A, B})
     assert not is_linear(op(ATEN.detach.default, A), {A})
+    assert is_linear(op(ATEN.embedding.default, A, B), {A})
+    assert not is_linear(op(ATEN.embedding.default, A, B, 0), {A})
     assert not is_linear(op(ATEN.dropout.default, A, 0.5, True), {A})
     assert is_linear(op(ATEN.dropout.default, A, 0.5, False), {A})
     assert not is_linear(op(ATEN.sum.default, A, dtype=torch.int64), {A})

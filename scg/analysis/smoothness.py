@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from scg.ir import Depends, Dist, Graph, Input, Node, Op, Opaque, Param, Sample, TensorType
-from scg.operations import is_discontinuous, is_random, lookup, packet_name
+from scg.operations import is_discontinuous, is_padded, is_random, lookup, packet_name
 
 if TYPE_CHECKING:
     from scg.template import Template
@@ -147,7 +147,7 @@ def _through(node: Node, into: _Flow, flows: Mapping[str, _Flow], own: int, path
         case Op() if _stops(node):
             kept = into.direct & ~pathwise
             return _Flow(kept, kept, 0, into.passed, into.stopped | into.stoppable)
-        case Op() if packet_name(node.target) is None and node.target is not operator.getitem:
+        case Op() if is_padded(node) or packet_name(node.target) is None and node.target is not operator.getitem:
             # A custom backward is the user's instruction for a pathwise site, and unknown to all others.
             return into | _Flow(broken=into.direct & ~pathwise)
         case Op() if is_discontinuous(node):
@@ -171,6 +171,8 @@ def _why(node: Node) -> str:
             return "the influence is declared, not computed"
         case Op() if _stops(node):
             return "detach stops the derivative"
+        case Op() if is_padded(node):
+            return f"{node.op_name} has a row for padding, whose derivative it leaves out"
         case Op() if packet_name(node.target) is None and node.target is not operator.getitem:
             return f"{node.op_name} has a backward of its own"
         case Op() if lookup(node.target) is None and node.target is not operator.getitem:

@@ -30,6 +30,16 @@ def break_of(program: Callable[[Tensor], Tensor], method: str = "rsample") -> Br
     return smoothness(graph).break_between("z", graph.objective)
 
 
+def test_a_row_for_padding_is_left_out_of_the_derivative() -> None:
+    def looked_up(z: Tensor, padding: int | None = 0) -> Tensor:
+        return F.embedding(torch.tensor([0, 1]), z[:, None], padding_idx=padding)
+
+    assert break_of(looked_up) is None  # asked for, as a detach would be
+    found = break_of(looked_up, "sample")
+    assert found is not None and "padding" in found.why
+    assert break_of(lambda z: looked_up(z, None), "sample") is None
+
+
 @pytest.mark.parametrize(
     "program",
     [
