@@ -94,6 +94,10 @@ class Fakes:
         """What the tensor is a view of."""
         return self._memories.setdefault(_storage(fake), Memory(None))
 
+    def share(self, fake: Tensor, memory: Memory) -> None:
+        """Takes ``fake`` for a view of a memory that its storage does not show."""
+        self._memories[_storage(fake)] = memory
+
     def _value(self, node: Node) -> Any:
         if isinstance(node, Param):
             return self._mode.from_tensor(self.graph.tensors[node.path])

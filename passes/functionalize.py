@@ -105,6 +105,8 @@ class _Handle:
     parent: _Handle | None = None
     view: Node | None = None
     """How it is taken from its parent; in the names of the old graph."""
+    picked: bool = False
+    """Whether it lies somewhere in ``region``, by an index that is a tensor."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,12 @@ class _Functionalizer:
         fake = self.fakes.add(node)
         if isinstance(node, Op) and is_impure(node):
             self._check_statistics(node)
-        parent = self._parent(node, fake)
+        picks = isinstance(node, Op) and node.picks
+        parent = self.handles[node.inputs[0]] if picks else self._parent(node, fake)
         if (
             parent is not None
             and isinstance(node, Op)
+            and not picks
             and Region.of(fake) == parent.region
             and not is_op(node, aten.detach)
         ):
@@ -161,10 +165,14 @@ class _Functionalizer:
             return
         ref = self.new.add(node.rewire(self._read))
         if isinstance(fake, Tensor):
+            if picks and parent is not None:
+                self.fakes.share(fake, parent.memory)
             memory = self.fakes.memory(fake)
+            picked = parent is not None and (picks or parent.picked)
+            region = parent.region if parent is not None and picked else Region.of(fake)
             view = self._view(node) if parent is not None else None
             seen = self.born[_source(node, self.graph).name]
-            self.handles[node.name] = _Handle(node.tensor, Region.of(fake), memory, ref, seen, parent, view)
+            self.handles[node.name] = _Handle(node.tensor, region, memory, ref, seen, parent, view, picked)
 
     def _parent(self, node: Node, fake: Any) -> _Handle | None:
         """The input of ``node`` whose memory it shares; the same tensor rather than another view of it."""
@@ -230,10 +238,19 @@ class _Functionalizer:
             view = handle.view
             if not isinstance(view, Op) or not isinstance(view.type, TensorType):
                 raise _unclear(view or handle.memory.owner, missed[-1].node)
+            self._check_index(view)
             name = self.new.fresh(f"{view.name}_now")
             handle.ref = self.new.add(dataclasses.replace(view.rewire(self._read), name=name))
         handle.seen = len(self.writes)
         return handle.ref
+
+    def _check_index(self, view: Op) -> None:
+        """A view by a tensor stays where it was taken: that tensor must not have changed."""
+        if view.picks:
+            (index,) = (self.handles[ref] for ref in refs_in(view.args[1]))
+            for write in self.writes[self.born[view.name] :]:
+                if write.memory is index.memory:
+                    raise _unclear(view, write.node)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -254,6 +271,8 @@ class _Functionalizer:
     def _is_there(self, source: Ref, handle: _Handle) -> bool:
         """Whether ``source`` shows the handle's own elements: ``x[0] += 1`` ends in copying ``x[0]`` to itself."""
         other = self.handles[source]
+        if other.picked or handle.picked:
+            return other is handle
         return other.memory is handle.memory and other.region == handle.region
 
     def _check_write(self, handle: _Handle, node: Op) -> None:
@@ -341,6 +360,10 @@ class _Functionalizer:
         same_size = math.prod(handle.type.shape) == math.prod(whole.shape) and handle.type.dtype == whole.dtype
         if is_op(view, *_RESHAPES) and same_size:
             return self.new.op(aten.reshape.default, value, list(whole.shape), at=node, type=whole)
+        if view.picks:
+            self._check_index(view)
+            index = map_refs(self._read, view.args[1])
+            return self.new.op(aten.index_put.default, self._current(parent), index, value, at=node, type=whole)
         scatter = next((scatter for packet, scatter in _PARTS.items() if is_op(view, packet)), None)
         if scatter is None:
             raise _unclear(view, node)
@@ -399,7 +422,7 @@ class _Functionalizer:
 _RESHAPES = (
     aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.view_as, aten.reshape_as,
     aten.squeeze, aten.unsqueeze, aten.ravel, aten.expand, aten.expand_as, aten.broadcast_to, aten.atleast_1d,
-    aten.atleast_2d, aten.atleast_3d,
+    aten.atleast_2d, aten.atleast_3d, aten.alias,
 )  # fmt: skip
 """Views of all elements in row-major order (as far as their number stays)."""
 _PERMUTES = (

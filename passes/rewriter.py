@@ -59,8 +59,10 @@ class Rewriter:
         variable = at.variable if name == at.name else ""
         name = name or self.fresh(f"{at.name}_{_base_name(target)}")
         type = type or infer_type(target, args, kwargs, self.type_of)
-        place = {"loc": at.loc, "scope": at.scope, "variable": variable}
-        return self.add(Op(name=name, type=type, target=target, args=args, kwargs=kwargs, **place))
+        return self.add(
+            Op(name=name, type=type, loc=at.loc, scope=at.scope, variable=variable,
+               target=target, args=args, kwargs=kwargs)
+        )  # fmt: skip
 
     def constant(self, value: Tensor, *, at: Node, name: str) -> Ref:
         """Appends a `Param` of role constant that holds ``value``."""

@@ -12,6 +12,7 @@ One node a line, shapes as ``[sample | batch | event]``::
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,18 +78,34 @@ Type = TensorType | tuple["Type", ...] | type[int] | type[float] | type[bool] | 
 """A tensor, several outputs, a number that is computed from shapes, or nothing (a distribution)."""
 
 
-def map_refs(fn: Callable[[Ref], Any], tree: Any) -> Any:
-    """``tree`` (nested tuples, lists, dicts, slices) with every `Ref` replaced by ``fn(ref)``."""
-    if isinstance(tree, Ref):
-        return fn(tree)
+def map_leaves(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree`` (nested tuples, lists, dicts, slices, dataclasses) with ``fn(leaf)`` in the place of what is in them."""
     if isinstance(tree, (tuple, list)):
-        items = [map_refs(fn, item) for item in tree]
+        items = [map_leaves(fn, item) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)  # a named tuple takes them apart
     if isinstance(tree, dict):
-        return type(tree)((key, map_refs(fn, item)) for key, item in tree.items())
+        new = copy.copy(tree)  # its class may be made of something else than a dict
+        for key, item in tree.items():
+            new[key] = map_leaves(fn, item)
+        return new
     if isinstance(tree, slice):
-        return slice(map_refs(fn, tree.start), map_refs(fn, tree.stop), map_refs(fn, tree.step))
-    return tree
+        return slice(*(map_leaves(fn, bound) for bound in (tree.start, tree.stop, tree.step)))
+    if hasattr(type(tree), "__dataclass_fields__"):
+        new = copy.copy(tree)
+        for name in tree.__dataclass_fields__:
+            object.__setattr__(new, name, map_leaves(fn, getattr(tree, name)))  # it may be frozen
+        return new
+    return fn(tree)
+
+
+def map_refs(fn: Callable[[Ref], Any], tree: Any) -> Any:
+    """``tree`` with every `Ref` replaced by ``fn(ref)``."""
+    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Ref) else leaf, tree)
+
+
+def map_tensors(fn: Callable[[Tensor], Any], tree: Any) -> Any:
+    """``tree`` with every tensor replaced by ``fn(tensor)``."""
+    return map_leaves(lambda leaf: fn(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def refs_in(tree: Any) -> tuple[Ref, ...]:
@@ -178,6 +195,8 @@ class Op(Node):
     target: Callable[..., Any]
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    picks: bool = False
+    """A look-up by an integer scalar, ``x[k]``, for which PyTorch hands out a view: `functionalize` sees to that."""
 
     _edges = ("args", "kwargs")
     kind = "op"

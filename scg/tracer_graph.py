@@ -76,7 +76,8 @@ class Converter:
             args, kwargs = self._detach((args, kwargs), fact)
         return self._add(
             ir.Op(name=self.names[node], type=_type(node.meta.get("val")), loc=fact.loc, scope=fact.scope,
-                  variable=fact.variable, target=target, args=args, kwargs=kwargs)
+                  variable=fact.variable, target=target, args=args, kwargs=kwargs,
+                  picks=fact.picks)
         )  # fmt: skip
 
     def _made(self, node: fx.Node, fact: Fact, kind: type[ir.Node], fields: dict[str, Any]) -> Ref:

@@ -32,6 +32,8 @@ class Fact:
     """Of a node that is no ATen operation: its kind and fields, with fx nodes where the IR has `Ref`s."""
     explicit: bool = False
     """The user chose the node's name."""
+    picks: bool = False
+    """See `ir.Op.picks`."""
 
 
 class InnerGradient(TraceError):

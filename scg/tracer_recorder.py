@@ -342,7 +342,12 @@ class Recorder(TorchFunctionMode):
         if func in _CONSTRUCTORS and isinstance(args[0], (list, tuple)) and _nodes_in(self.nodes_in(args[0])):
             raise TraceError(f"{user_loc()}: {func.__name__}() reads the values of traced tensors: use torch.stack().")
         if func is Tensor.__getitem__:
-            return _get_item(args[0], args[1])
+            tensor, rest = self._picked(*args)
+            return tensor if rest == () else tensor[rest]
+        if func is Tensor.__setitem__:
+            tensor, rest = self._picked(*args[:2])
+            tensor[... if rest == () else rest] = args[2]
+            return None
         if kwargs.get("generator") is not None:
             raise TraceError(
                 f"{user_loc()}: {func.__name__}() takes no generator= here: a compiled program draws from torch's own. "
@@ -351,6 +356,27 @@ class Recorder(TorchFunctionMode):
         if func in _RANDOM and any(map(self.is_live, (*args, *kwargs.values()))):
             return _RANDOM[func](self, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def _picked(self, tensor: Tensor, index: Any) -> tuple[Tensor, Any]:
+        """``tensor`` at the integer scalars of ``index``, of which torch would read the values; and what else it says.
+
+        They are looked up as tensors. What torch would hand out is a view: the node says so.
+        """
+        items = list(index) if isinstance(index, tuple) else [index]
+        if not any(map(_is_scalar_index, items)):
+            return tensor, index
+        taken = [_taken(item) for item in items]
+        if any(item is Ellipsis for item in items):
+            at = next(i for i, item in enumerate(items) if item is Ellipsis)
+            taken[at] = tensor.ndim - sum(taken)
+        for position in reversed(range(len(items))):  # from the right, so that the dims to the left keep their places
+            if _is_scalar_index(items[position]):
+                dim = sum(taken[:position])
+                row = torch.ops.aten.index.Tensor(tensor, [None] * dim + [items[position].reshape(1)])
+                self.tracer.facts[self.node_of(row)].picks = True
+                tensor = row.squeeze(dim)
+                del items[position]
+        return tensor, tuple(items)
 
     def _bernoulli(self, input: Tensor, p: Any = None, *, generator: Any = None, out: Any = None) -> Tensor:
         if p is not None:  # the values of `input` play no part
@@ -442,23 +468,6 @@ def opaque_result(spec: OpaqueSpec, args: tuple[Any, ...]) -> Any:
 def _refuse_out(out: Any) -> None:
     if out is not None:
         raise TraceError(f"{user_loc()}: a draw with learned parameters takes no out=.")
-
-
-def _get_item(tensor: Tensor, index: Any) -> Tensor:
-    """``tensor[index]``; integer scalars, of which torch would read the values, are looked up as tensors."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if not any(map(_is_scalar_index, items)):
-        return tensor[index]
-    taken = [_taken(item) for item in items]
-    if any(item is Ellipsis for item in items):
-        at = next(i for i, item in enumerate(items) if item is Ellipsis)
-        taken[at] = tensor.ndim - sum(taken)
-    for position in reversed(range(len(items))):  # from the right, so that the dims to the left keep their places
-        if _is_scalar_index(items[position]):
-            dim = sum(taken[:position])
-            tensor = tensor.index_select(dim, items[position].reshape(1)).squeeze(dim)
-            del items[position]
-    return tensor[tuple(items)] if items else tensor
 
 
 def _is_scalar_index(item: Any) -> bool:

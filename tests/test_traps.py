@@ -40,6 +40,25 @@ def _in_place(z: Tensor) -> Tensor:
     return (y**2).mean()
 
 
+def _look_ups_are_views(z: Tensor) -> Tensor:
+    i, j = z[:2].sum().long(), (z[1:].sum() + 1).long() % 3
+    y = torch.arange(12.0, dtype=DTYPE).reshape(3, 2, 2)
+    row, other = y[i], y[:, z[0].long()]
+    row.mul_(2)  # writes into y, and so into `other`
+    y[j, 1] = 3 * z[0] + other[0]
+    y[..., z[2].long()] -= 1
+    y[i - 1] += row  # minus one is the last
+    return (y * torch.arange(12.0, dtype=DTYPE).reshape(3, 2, 2)).sum() * row[0, 1] + other.prod()
+
+
+def _visited(z: Tensor) -> Tensor:
+    left, total = A.clone(), torch.zeros((), dtype=DTYPE)
+    for k in z.cumsum(0).long() % 3:
+        total = total + left[k] ** 2
+        left[k] = 0.1
+    return total * left.prod()
+
+
 TRAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "centred": lambda z: ((z - z.mean(0)) ** 2 * A).mean(),
     "roll": lambda z: (torch.roll(z, 1) * z * A).mean(),
@@ -66,6 +85,8 @@ TRAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "cdist": lambda z: torch.cdist(z[:, None], z[:, None] * A[:, None]).mean(),
     "batch_norm": lambda z: (NORM(torch.stack([z, z * z * 2], 1))[:, 0] * A).mean(),
     "in-place": _in_place,
+    "look-ups are views": _look_ups_are_views,
+    "look-ups are written": _visited,
     "look-up by samples": lambda z: TABLE[(z[:2] + 2 * z[1:]).long()].prod() * z[2],
     "einsum": lambda z: (torch.einsum("i,j->ij", z, z).sum(0) ** 2).mean(),
     "stack of pieces": lambda z: torch.stack([z[0] * z[1], z[1] * 2, z[2] ** 2]).mean(),
