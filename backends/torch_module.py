@@ -21,7 +21,7 @@ from scg.backends.site_context import InputGradient, InputGradients
 from scg.backends.stacking import stack_slices
 from scg.errors import LoweringError
 from scg.interception import intercept_functions
-from scg.ir import Graph, Input, Marginal, Node, Opaque, Param, Ref, Sample, map_refs
+from scg.ir import Graph, Input, Marginal, Node, Opaque, Param, Ref, Sample, map_refs, map_tensors
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,7 @@ def compile_inductor(graph: Graph, program: Program, any_batch: bool) -> Callabl
 
 def flatten_outputs(outputs: Any, add: Callable[[Tensor], None]) -> None:
     """Calls ``add`` on every tensor of a nested structure, in order."""
-    if isinstance(outputs, Tensor):
-        add(outputs)
-    elif isinstance(outputs, dict):
-        for item in outputs.values():
-            flatten_outputs(item, add)
-    elif isinstance(outputs, (tuple, list)):
-        for item in outputs:
-            flatten_outputs(item, add)
+    map_tensors(add, outputs)
 
 
 def unflatten_outputs(outputs: Any, leaves: Sequence[Any]) -> Any:

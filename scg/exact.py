@@ -15,6 +15,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -114,16 +115,21 @@ def exact_within(
 
 
 def objective_of(output: Any) -> Tensor:
-    """The scalar that is minimised: the return value, of a tuple its first item, of a dict its ``"loss"``."""
+    """The scalar that is minimised: the return value, of a tuple its first item, of a dict its ``"loss"``.
+
+    A dataclass is as a dict.
+    """
     if isinstance(output, Mapping):
         output = output.get("loss")
+    elif is_dataclass(output):
+        output = getattr(output, "loss", output)
     elif isinstance(output, (tuple, list)) and output:
         output = output[0]
     if not isinstance(output, Tensor) or output.ndim:
         what = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else repr(output)
         raise TraceError(
             f"the objective is {what}, not a scalar tensor.\n"
-            "  Return a scalar loss, or a tuple with it first, or a dict with it under 'loss'; reduce with .mean()."
+            "  Return a scalar loss, a tuple with it first, or a dict or dataclass with it as 'loss'; reduce it first."
         )
     return output
 

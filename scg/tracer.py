@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -89,7 +91,7 @@ def _trace(
                 result = model(*fake_args, **fake_kwargs)
                 _keep_state(recorder, found, changes())
                 _check_outputs(result)
-                outputs = pytree.tree_map_only(Tensor, recorder.lift, result)
+                outputs = ir.map_tensors(recorder.lift, result)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise TraceError(_data_dependent(error)) from error
         objective = _objective(outputs, _place(model))
@@ -100,8 +102,8 @@ def _trace(
             return converter.ref(recorder.node_of(tensor))
 
         target = to_ref(objective)
-        refs = pytree.tree_map_only(Tensor, to_ref, outputs)
-    nodes = without_glue(nodes, [leaf for leaf in pytree.tree_leaves(refs) if isinstance(leaf, Ref)])
+        refs = ir.map_tensors(to_ref, outputs)
+    nodes = without_glue(nodes, ir.refs_in(refs))
     paths = {node.path for node in nodes.values() if isinstance(node, ir.Param)}
     graph = Graph(
         name=getattr(model, "__name__", None) or type(model).__name__,
@@ -191,13 +193,24 @@ def _argument_paths(model: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
 def _check_outputs(outputs: Any) -> None:
     """Refuses objects that hold tensors where no graph output can stand."""
-    for leaf in pytree.tree_leaves(outputs):
-        attributes = getattr(leaf, "__dict__", {}).values() if not isinstance(leaf, Tensor) else ()
-        if isinstance(leaf, Distribution) or any(isinstance(value, Tensor) for value in attributes):
+
+    def check(leaf: Any) -> None:
+        if isinstance(leaf, Tensor):
+            return
+        inside = [*getattr(leaf, "__dict__", {}).values()]
+        if isinstance(leaf, Mapping):
+            inside += leaf.values()
+        elif isinstance(leaf, (Set, deque)):
+            inside += leaf
+        tensors: list[Tensor] = []
+        ir.map_tensors(tensors.append, inside)
+        if isinstance(leaf, Distribution) or tensors:
             raise TraceError(
                 f"the model returned a {type(leaf).__name__}, which holds tensors: return the tensors themselves, in "
-                "tuples, lists or dicts."
+                "tuples, lists, dicts or dataclasses."
             )
+
+    ir.map_leaves(check, outputs)
 
 
 def _objective(outputs: Any, place: str) -> Tensor:
@@ -205,12 +218,14 @@ def _objective(outputs: Any, place: str) -> Tensor:
     found = outputs
     if isinstance(outputs, (tuple, list)):
         found = outputs[0] if outputs else None
-    elif isinstance(outputs, Mapping):
+    elif isinstance(outputs, dict):
         found = outputs.get("loss")
+    elif is_dataclass(outputs):
+        found = getattr(outputs, "loss", None)
     if not isinstance(found, Tensor):
         raise TraceError(
             f"{place}the model returned {_kind(outputs)}, which holds no objective: return a scalar loss, a tuple that "
-            'starts with it, or a dict with it under "loss".'
+            'starts with it, or a dict or dataclass with it as "loss".'
         )
     if found.ndim or not found.is_floating_point():
         raise TraceError(
@@ -228,7 +243,7 @@ def _place(model: Callable[..., Any]) -> str:
 
 
 def _kind(outputs: Any) -> str:
-    if isinstance(outputs, Mapping):
+    if isinstance(outputs, dict):
         return f"a dict with the keys {list(outputs)}"
     return f"a {type(outputs).__name__}"
 
@@ -247,7 +262,8 @@ def _data_dependent(error: Exception) -> str:
     loc = traceback_loc(error.__traceback__)
     if isinstance(error, DynamicOutputShapeException):
         return (
-            f"{loc}: the shape of this result depends on tensor values (boolean-mask indexing, nonzero, unique). "
-            "Keep the shape fixed: use torch.where, multiply by the mask, or wrap the code in @scg.opaque."
+            f"{loc}: the shape of this result depends on tensor values (boolean-mask indexing, nonzero, unique, "
+            "bincount). Keep the shape fixed: use torch.where, multiply by the mask, sum a one-hot, or wrap the code in "
+            "@scg.opaque."
         )
     return f"{loc}: this needs the value of a tensor while the model is traced. Use tensor code, or @scg.opaque."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -805,6 +805,16 @@ def test_outputs_that_hold_tensors() -> None:
 class Pair(NamedTuple):
     loss: Tensor
     rest: Tensor
+
+
+def test_containers_that_hold_tensors() -> None:
+    w = weight(3)
+    with pytest.raises(TraceError, match="returned a set, which holds tensors"):
+        trace(lambda: (w.sum(), {w}))
+    with pytest.raises(TraceError, match="returned a UserDict, which holds tensors"):
+        trace(lambda: (w.sum(), UserDict(rest=w)))
+    with pytest.raises(TraceError, match="an? .*int64 tensor"):
+        trace(lambda: (w > 0).sum())
 
 
 def test_named_tuples_and_ordered_dicts() -> None:
