@@ -159,7 +159,7 @@ class Blocks:
         """Parameters that a named block owns are counted there, not drawn."""
         readers = self._readers()
         for key, group in list(self.table.items()):
-            node = group.members[0]
+            node = group.members[-1]  # a box begins with the parameters that it has taken over
             blocks = [self.table[reader] for reader in readers[key]]
             if isinstance(node, Param) and all(b.label and node.path.startswith(f"{b.label}.") for b in blocks):
                 del self.table[key], self.home[node.name]

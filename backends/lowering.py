@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, OneHotCategorical, TransformedDistribution
+from torch.distributions import Categorical, Distribution, OneHotCategorical, TransformedDistribution, constraints
 from torch.distributions.constraints import Constraint
 
 from scg.analysis.factors import elimination_plan
@@ -253,7 +253,8 @@ class Interpreter:
             dist = self.distribution(ref, (), extra if not dims else (), params)
         outcome = self.dims.align(value, dims, max(rank, value.ndim) if value.dims else None)
         plain = self.before_transform.get(source)
-        if plain is not None and self._site(source).dist == ref:
+        sums = type(dist).log_prob is TransformedDistribution.log_prob  # some know better: |x| has no inverse
+        if plain is not None and sums and self._site(source).dist == ref:
             return Batched(_log_prob_before(dist, self.dims.align(plain, dims)), dims)
         if isinstance(dist, OneHotCategorical) and outcome.requires_grad:  # relaxed: not the gather of its argmax
             logits: Tensor = dist.logits
@@ -610,7 +611,7 @@ class Interpreter:
             for ref, constraint, param in zip(node.params, node.template.constraints, params, strict=True):
                 if constraint is None or not self._needs_check(ref, constraint):
                     continue
-                ok = constraint.check(param.tensor).all()
+                ok = _holds(constraint, param.tensor).all()
                 valid = ok if valid is None else torch.logical_and(valid, ok)
         return objective if valid is None else torch.where(valid, objective, float("nan"))
 
@@ -641,6 +642,15 @@ def outcome_rows(support: int, sizes: Sequence[int]) -> list[Any]:
     [(0, 0), (0, 1), (1, 0), (1, 1)]
     """
     return list(itertools.product(range(support), repeat=math.prod(sizes)))
+
+
+def _holds(constraint: Constraint, value: Tensor) -> Tensor:
+    """``constraint.check(value)``, without the branch on numbers in that of a covariance."""
+    if isinstance(constraint, type(constraints.positive_definite)):
+        symmetric = torch.isclose(value, value.mT, atol=1e-6).all(-1).all(-1)
+        return torch.logical_and(symmetric, torch.linalg.cholesky_ex(value).info == 0)
+    ok: Tensor = constraint.check(value)
+    return ok
 
 
 def _log_prob_before(dist: Distribution, before: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from scg.analysis.flops import bytes_text
 from scg.analysis.influence import Influence, influence
 from scg.analysis.reach import Reach
 from scg.analysis.smoothness import Smoothness, smoothness
-from scg.analysis.support import finite_support, moving_bound
+from scg.analysis.support import finite_support, moving_bound, wrong_density
 from scg.errors import EstimatorError
 from scg.estimators import ESTIMATORS, Estimator, get_estimator
 from scg.estimators.base import EnumeratingEstimator, PathwiseEstimator, SiteInfo
@@ -505,6 +505,8 @@ class _Choice:
         return None
 
     def _pathwise_only(self, site: Sample) -> str | None:
+        if wrong := wrong_density(self.graph, site):
+            return wrong
         if site.method == "sample":
             return None
         for cost in self._credited(site):

@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from scg.capture import Captured
 
 
+def held(found: Captured) -> nn.Module:
+    """A module that holds what a function reads: of a method of a module that module itself."""
+    return found.modules[""] if "" in found.modules else Holder(found)
+
+
 class Holder(nn.Module):
     """Registers what was captured under its user's path, so that ``state_dict``, ``.to`` and copies reach it."""
 

@@ -26,7 +26,7 @@ from scg.estimators import get_estimator
 from scg.estimators.base import EnumeratingEstimator
 from scg.estimators.lookup import near_miss
 from scg.estimators.state import make_states, refuse_shared
-from scg.holder import Holder
+from scg.holder import held
 from scg.ir import Graph, Sample
 from scg.passes import InsertEstimators, pipeline
 from scg.passes.closed_forms import ClosedForms
@@ -86,7 +86,7 @@ class CompiledModule(nn.Module):
         super().__init__()
         self.options = options
         self.function = None if isinstance(model, nn.Module) else model
-        self.model: nn.Module = model if isinstance(model, nn.Module) else Holder(captured(model))
+        self.model: nn.Module = model if isinstance(model, nn.Module) else held(captured(model))
         self.estimators = nn.ModuleDict()
         self._pending: dict[str, Tensor] = {}
         self._frozen = False
@@ -497,7 +497,7 @@ def compile(
 
     Args:
         model: an ``nn.Module`` or a function (closures over modules and parameters included) that returns a scalar
-            loss, a tuple whose first item is the loss, or a dict with a ``"loss"``.
+            loss, a tuple whose first item is the loss, or a dict or dataclass with a ``loss``.
         estimator: default for every site: a name of `scg.ESTIMATORS`, an estimator object, or ``"auto"``.
         estimators: ``{glob over site names: estimator}``; the first match wins.
         samples: K draws of the whole stochastic program; the value and the gradient are their means.
@@ -531,6 +531,8 @@ def compile(
         closed_forms=dict(closed_forms) if isinstance(closed_forms, Mapping) else closed_forms,
     )  # fmt: skip
     compiled = CompiledModule(model, options)
+    if isinstance(example_inputs, Tensor):
+        raise TypeError("example_inputs is a tuple of the positional arguments: (x,)")
     if example_inputs is not None:
         compiled._bound(tuple(example_inputs), {})
     return compiled

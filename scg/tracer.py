@@ -263,7 +263,7 @@ def _data_dependent(error: Exception) -> str:
     if isinstance(error, DynamicOutputShapeException):
         return (
             f"{loc}: the shape of this result depends on tensor values (boolean-mask indexing, nonzero, unique, "
-            "bincount). Keep the shape fixed: use torch.where, multiply by the mask, sum a one-hot, or wrap the code in "
-            "@scg.opaque."
+            "bincount). Keep the shape fixed: use torch.where, multiply by the mask, sum a one-hot, or wrap the code "
+            "in @scg.opaque."
         )
     return f"{loc}: this needs the value of a tensor while the model is traced. Use tensor code, or @scg.opaque."

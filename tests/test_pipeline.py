@@ -10,14 +10,25 @@ import sys
 import threading
 import warnings
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Distribution, Normal
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    HalfCauchy,
+    LKJCholesky,
+    MultivariateNormal,
+    Normal,
+)
 
 import scg
 from scg.estimators.baselines import MovingAverage
@@ -423,3 +434,90 @@ def test_exogenous_noise_needs_no_estimator_beside_a_site_that_does() -> None:
 
     compiled = scg.compile(loss, example_inputs=(torch.ones(3),))
     assert [site.estimator for site in compiled.graph.sites.values()] == [None, "enumerate"]
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: Tensor
+    rest: list[Tensor]
+    name: str = "result"
+
+
+class Output(OrderedDict[str, Any]):
+    """A dict that is made of keywords, as libraries have them."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(values)
+
+    def __reduce__(self) -> Any:
+        return partial(Output, **self), ()
+
+
+@pytest.mark.parametrize("kind", [Result, Output, partial(defaultdict, list)])
+def test_outputs_keep_their_class(kind: Callable[..., Any]) -> None:
+    w = nn.Parameter(torch.tensor([40.0, -40.0]))
+
+    def model() -> Any:
+        z = Bernoulli(logits=w).sample()
+        return kind(loss=z.sum(), rest=[z])
+
+    out, plain = scg.compile(model)(), model()
+    assert type(out) is type(plain)
+    if isinstance(out, Result):
+        out, plain = vars(out), vars(plain)
+    assert out["loss"].requires_grad and list(out) == list(plain)
+    assert torch.equal(out["rest"][0], plain["rest"][0])
+    assert scg.exact(model)[0] == 1.0
+
+
+def test_a_density_of_its_own_is_used_after_transforms() -> None:
+    w = nn.Parameter(torch.zeros(()))
+    compiled = scg.compile(
+        lambda: (HalfCauchy(w.exp()).sample() > 1).float(), estimator=ScoreFunction(baseline=None), samples=20_000
+    )
+    torch.manual_seed(0)
+    (gradient,) = torch.autograd.grad(compiled(), w)  # P(z > 1) = 1 - 2 / pi * atan(exp(-w))
+    assert gradient.item() == pytest.approx(1 / torch.pi, abs=0.02)
+
+
+def test_a_learned_covariance() -> None:
+    root = nn.Parameter(torch.eye(2))
+
+    def loss(shift: Tensor) -> Tensor:
+        covariance = root @ root.mT + shift
+        return MultivariateNormal(torch.zeros(2), covariance_matrix=covariance).rsample().square().sum()
+
+    compiled = scg.compile(loss, samples=20_000)
+    torch.manual_seed(0)
+    value = compiled(torch.zeros(2, 2))
+    assert value.item() == pytest.approx(2, abs=0.1)  # the trace
+    (gradient,) = torch.autograd.grad(value, root)
+    torch.testing.assert_close(gradient, 2 * torch.eye(2), atol=0.2, rtol=0)
+    assert compiled(torch.tensor([[0.0, 0.1], [0.0, 0.0]])).isnan()  # not symmetric
+
+
+def test_a_draw_that_does_not_follow_its_density_is_refused() -> None:
+    w = nn.Parameter(torch.zeros(()))
+
+    def loss(dim: int, concentration: Tensor) -> Tensor:
+        return LKJCholesky(dim, concentration).sample().sum() + w
+
+    scg.compile(loss)(2, torch.tensor(1.0, requires_grad=True))
+    scg.compile(loss)(3, torch.tensor(1.0))
+    with pytest.raises(scg.EstimatorError, match="another law than that of its log_prob"):
+        scg.compile(lambda: loss(3, w.exp()))()
+
+
+def test_a_method_of_a_module() -> None:
+    model = Model()
+    compiled = scg.compile(model.forward, estimator="enumerate")
+    compiled(X)["loss"].backward()
+    assert model.enc.weight.grad is not None
+    assert compiled.state_dict().keys() == {f"model.{name}" for name in model.state_dict()}
+    torch.testing.assert_close(copy.deepcopy(compiled)(X)["loss"], scg.compile(model, estimator="enumerate")(X)["loss"])
+    assert not scg.compile(model.forward).eval().model.training
+
+
+def test_example_inputs_are_a_tuple() -> None:
+    with pytest.raises(TypeError, match=r"\(x,\)"):
+        scg.compile(Model(), example_inputs=X)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from torch.distributions import (
     Binomial,
     Categorical,
     Geometric,
+    LKJCholesky,
     NegativeBinomial,
     OneHotCategorical,
     Poisson,
@@ -84,6 +85,16 @@ def moving_bound(graph: Graph, dist: Dist) -> str | None:
         if name.rsplit(".", 1)[-1] in names and _learned(graph, ref):
             return name
     return None
+
+
+def wrong_density(graph: Graph, site: Sample) -> str | None:
+    """Why the score of a draw has a mean, where torch draws from another law than that of ``log_prob``."""
+    dist = graph[site.dist]
+    assert isinstance(dist, Dist)
+    wrong = dist.template.cls is LKJCholesky and site.tensor.shape[-1] > 2 and site.value is None
+    if not wrong or not any(_learned(graph, ref) for ref in dist.params):
+        return None
+    return "torch draws LKJCholesky of more than two dimensions from another law than that of its log_prob"
 
 
 def _learned(graph: Graph, ref: Ref) -> bool:

@@ -90,6 +90,17 @@ def test_parameters_prepared_in_the_distribution_line_belong_to_the_site() -> No
     assert arrows(drawn, "data") == {("x", "experts.1"), ("experts.1", "z ~ Bernoulli"), ("z ~ Bernoulli", "objective")}
 
 
+def test_a_box_takes_several_parameters_over() -> None:
+    layer, w = torch.nn.MultiheadAttention(4, 2), torch.nn.Parameter(torch.zeros(2, 2, 4))
+
+    def loss() -> torch.Tensor:
+        z = Bernoulli(logits=w).sample()
+        return layer(z, z, z, need_weights=False)[0].square().mean()
+
+    drawn = titles(picture(scg.trace(loss)))
+    assert not any("in_proj" in title for title in drawn.values()), "parameters of a box are counted in it"
+
+
 def test_many_credit_edges_become_a_line_in_each_site() -> None:
     drawn = picture(graphs.policy(8), fold=False)
     assert not arrows(drawn, "credit")
