@@ -313,7 +313,10 @@ class Draws:
         """The next outcome of ``dist``, all its elements at once.  # [*S, *B, *E]"""
         differentiate = torch.is_grad_enabled() if self._differentiate is None else self._differentiate
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            support = dist.enumerate_support()  # [n, *B, *E]
+            try:
+                support = dist.enumerate_support()  # [n, *B, *E]
+            except NotImplementedError as error:  # such as total counts that differ
+                raise EstimatorError(f"the outcomes of {type(dist).__name__} cannot be listed: {error}") from None
             n, batch = support.shape[0], dist.batch_shape
             possible = dist.log_prob(support).exp().reshape(n, -1)  # [n, B]
             # torch clamps probabilities to [eps, 1 - eps], so that an impossible outcome has this much

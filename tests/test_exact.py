@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import (
     AffineTransform,
     Bernoulli,
+    Binomial,
     Categorical,
     Distribution,
     Independent,
@@ -293,3 +294,9 @@ class TestForcedDraws:
         params = captured(problem.model).tensors
         loss, _ = expected_estimate(problem.model, params, *problem.calls[0])
         torch.testing.assert_close(loss, exact(problem.model, *problem.calls[0])[0], rtol=1e-12, atol=0)
+
+
+def test_outcomes_that_cannot_be_listed() -> None:
+    w = nn.Parameter(torch.zeros(2))
+    with pytest.raises(EstimatorError, match="outcomes of Binomial cannot be listed: Inhomogeneous"):
+        exact(lambda: Binomial(torch.tensor([1.0, 3.0]), logits=w).sample().sum())
