@@ -45,7 +45,10 @@ def _dot(call: Call) -> Any:
     a, b = call.args
     if a.ndim != 1 or b.ndim != 1:
         raise NoRule
-    return torch.sum(call.batched(a) * call.batched(b), -1)
+    left = call.batched(a)
+    if call.name == "vdot" and left.is_complex():
+        left = left.conj()
+    return torch.sum(left * call.batched(b), -1)
 
 
 def _einsum(call: Call) -> Any:

@@ -37,7 +37,7 @@ def _vary(x: Tensor, dims: tuple[str, ...]) -> Tensor:
     for i in range(torch.Size(sizes).numel()):
         if x.dtype == torch.bool:
             rows.append(x ^ (torch.arange(x.numel()).reshape(x.shape) % 3 == i % 3))
-        elif x.is_floating_point():
+        elif x.is_floating_point() or x.is_complex():
             rows.append(x * (1 - 0.07 * i))
         elif x.numel() > 1:
             rows.append(x.flatten().roll(i).reshape(x.shape))
@@ -118,6 +118,7 @@ def test_batched_equals_a_loop(name: str) -> None:
         (ATEN.conv1d.default, (floats(3, 5), floats(4, 3, 2))),
         (ATEN.to.dtype, (floats(2, 3, 4, 4), torch.float32, False, False, torch.channels_last)),  # a format for rank 4
         (ATEN.cat.default, ([floats(0), floats(0)],)),
+        (ATEN.vdot.default, (torch.complex(floats(4), floats(4) - 1), torch.complex(floats(4) + 1, floats(4)))),
         (ATEN.embedding.default, (floats(5, 2), ints(2, 3), 1)),
         (ATEN.as_strided_scatter.default, (floats(4), floats(2), [2], [2], 1)),  # counts from where the storage starts
     ],
