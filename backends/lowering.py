@@ -36,7 +36,7 @@ from scg.backends.expectation import Expectation
 from scg.backends.multisample import leave_one_out_gain, multisample_bound
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
-from scg.backends.recorder import compile_time, record_call, record_constant
+from scg.backends.recorder import InPlaceError, compile_time, record_call, record_constant
 from scg.backends.sample_dims import Batched, SampleDim, SampleDims, Value, stop_gradient
 from scg.backends.sequence_draw import draw_in_sequence
 from scg.backends.signals import Signals
@@ -174,6 +174,7 @@ class Interpreter:
         with named("loss"):
             total = self._terms(named) if self.learning else None
             if total is not None:
+                total = total.to(objective.dtype)  # a baseline's running mean may be of another
                 objective = objective + (total - total.detach())
             objective = self._guard(objective)
         outputs = self._outputs(objective, named)
@@ -196,7 +197,11 @@ class Interpreter:
             case Dist():
                 self.params[node.name] = [self.env[ref] for ref in node.params]
             case Sample():
-                self.env[node.name] = self._draw(node)
+                try:
+                    self.env[node.name] = self._draw(node)
+                except InPlaceError as error:
+                    family = self.dist_node(node.dist).template.family
+                    raise LoweringError(f"%{node.name} ({node.loc}): {family} cannot be drawn: {error}") from None
             case LogProb():
                 stop = self._stops_score(node)
                 self.env[node.name] = self.log_prob(node.dist, self.env[node.value], node.value, stop=stop)

@@ -86,6 +86,10 @@ def _is_shared(func: Callable[..., Any]) -> bool:
     return getattr(func, "repeatable", True)
 
 
+class InPlaceError(LoweringError):
+    """What is recorded writes into a tensor, which the flat graph cannot."""
+
+
 class Recorder(TorchFunctionMode):
     """While active, every torch function call on tensors is run on fakes and appended to `graph`."""
 
@@ -185,7 +189,7 @@ class Recorder(TorchFunctionMode):
             self._forget(args[0])
             return None
         if name == "__setitem__":
-            raise LoweringError("an estimator or distribution writes into a tensor; use torch.where or scatter instead")
+            raise InPlaceError("an estimator or distribution writes into a tensor; use torch.where or scatter instead")
         if name == "new" and len(args) == 2 and isinstance(args[1], torch.Size):
             func = torch.Tensor.new_empty  # in the generated code a size is a tuple, which `new` takes for the data
         if func is torch.functional.broadcast_tensors:

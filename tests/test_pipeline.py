@@ -28,6 +28,7 @@ from torch.distributions import (
     LKJCholesky,
     MultivariateNormal,
     Normal,
+    Wishart,
 )
 
 import scg
@@ -521,3 +522,20 @@ def test_a_method_of_a_module() -> None:
 def test_example_inputs_are_a_tuple() -> None:
     with pytest.raises(TypeError, match=r"\(x,\)"):
         scg.compile(Model(), example_inputs=X)  # type: ignore[arg-type]
+
+
+def test_the_loss_keeps_its_dtype() -> None:
+    model = nn.Linear(4, 3).bfloat16()
+
+    def loss(x: Tensor) -> Tensor:
+        return Bernoulli(logits=model(x)).sample().mean()
+
+    value = scg.compile(loss, estimator=ScoreFunction(baseline="moving_average"))(X.bfloat16())
+    value.backward()
+    assert value.dtype == torch.bfloat16
+
+
+def test_a_distribution_that_writes_in_place_is_named() -> None:
+    w = nn.Parameter(torch.eye(2))
+    with pytest.raises(scg.LoweringError, match=r"test_pipeline.py:\d+\): Wishart cannot be drawn: .* writes into"):
+        scg.compile(lambda: Wishart(torch.tensor(4.0), scale_tril=w).rsample().sum())()
