@@ -54,10 +54,10 @@ def _surrogates(graph: Graph) -> list[str]:
 
 
 def _is_reward(graph: Graph, ref: str, log_prob: LogProb, below: Collection[str]) -> bool:
-    """A consequence of the draw that is detached somewhere, or reaches no parameter but through draws."""
+    """A consequence of the draw that is detached somewhere, or reaches neither a parameter nor another density."""
     if log_prob.name in graph.ancestors([ref]):
         return False
-    follows = learned = False
+    follows = other = False
     stack, seen = [ref], {ref}
     while stack:
         name = stack.pop()
@@ -65,11 +65,12 @@ def _is_reward(graph: Graph, ref: str, log_prob: LogProb, below: Collection[str]
         if isinstance(node, Op) and packet_name(node.target) == "detach" and name in below:
             return True
         follows |= name == log_prob.value
-        learned |= isinstance(node, Param) and node.requires_grad
+        other |= isinstance(node, LogProb) or isinstance(node, Param) and node.requires_grad
         if not isinstance(node, Sample):
             stack.extend(above for above in node.inputs if above not in seen)
             seen.update(node.inputs)
-    return follows and not learned
+    drawn = graph[log_prob.value]
+    return follows and not other and isinstance(drawn, Sample) and drawn.method == "sample"
 
 
 def _is_own(graph: Graph, node: LogProb) -> bool:

@@ -18,7 +18,7 @@ LAYERS = (
     {"estimators"},
     {"passes"},
     {"backends", "report"},
-    {"primitives", "capture", "holder", "tracer"},
+    {"primitives", "capture", "holder", "host_random", "tracer"},
     {"exact", "exact_marginals"},
     {"pipeline", "diagnostics"},
     {"measure"},

@@ -35,6 +35,8 @@ class Given(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.bernoulli.default:
             return self._outcome.reshape(args[0].shape).to(args[0].dtype)
+        if func is aten.rand_like.default:  # of many elements: one where it is below the probability
+            return (1 - self._outcome).reshape(args[0].shape)
         if func is aten.rand.default:
             return self._uniforms.pop(0).reshape(args[0])
         return func(*args, **(kwargs or {}))
