@@ -33,6 +33,7 @@ test: $(STAMP)  ## the quick tests, two processes
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(STAMP)  ## every test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,conformance]"
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(STAMP)  ## ruff
