@@ -18,7 +18,7 @@ from scg.exact import Walk
 from tests.fuzz import Program, Writer
 from tests.law2 import ForcedDraws, expected_estimate
 
-FIRST, LAST = map(int, os.environ.get("SCG_FUZZ", "120:1200").split(":"))
+FIRST, LAST = map(int, os.environ.get("SCG_FUZZ", "300:1200").split(":"))
 """Seeds of the long run."""
 
 BUNDLE = 20
@@ -60,7 +60,7 @@ def _check_seeds(first: int, most_draws: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("first", range(0, 120, BUNDLE))
+@pytest.mark.parametrize("first", range(0, 300, BUNDLE))
 def test_unbiased(first: int) -> None:
     _check_seeds(first, most_draws=64)
 
