@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -173,12 +173,13 @@ class Context:
         return record_call(VARIABLE, value)  # type: ignore[no-any-return]
 
     def read(self, names: tuple[str, ...] | None) -> list[Tensor]:
+        inputs = {node.path: node.name for node in self._of.graph.of(Input)}  # a draw may be called as an input is
+        return self.read_nodes([*inputs.values()] if names is None else [inputs.get(name, name) for name in names])
+
+    def read_nodes(self, names: Collection[str]) -> list[Tensor]:
         found = []
         for node in self._of.graph:
-            wanted = (
-                isinstance(node, Input) if names is None else bool({node.name, getattr(node, "path", "")} & {*names})
-            )
-            if wanted:
+            if node.name in names:
                 if node.name not in self._of.env:  # an input that the model itself does not read
                     self._of.evaluate(node)
                 value: Batched = self._of.env[node.name]

@@ -14,7 +14,7 @@ The backend dispatches on these four, never on a name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -380,6 +380,9 @@ class SiteContext(Protocol):
 
     def read(self, names: tuple[str, ...] | None) -> list[Tensor]:
         """Detached values of the named nodes or inputs, ``[*dims | *S]`` where they carry dims; None: all inputs."""
+
+    def read_nodes(self, names: Collection[str]) -> list[Tensor]:
+        """The same of nodes by their names in the graph, in its order."""
 
     def variables(self) -> tuple[Distribution, list[Tensor], list[Tensor]]:
         """The distribution over independent variables, one of full size for each parameter with a gradient.

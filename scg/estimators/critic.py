@@ -62,7 +62,7 @@ class LearnedCritic(ScoreEstimator):
         if isinstance(module, WithTarget):
             module = module.slow if slow else module.online
         if self.module is None:
-            return in_units(context, module(context.read(module.names), outcome))
+            return in_units(context, module(context.read_nodes(module.names), outcome))
         predicted: Tensor = module(outcome, *context.read(self.inputs))
         if predicted.shape[-1:] == (1,) and predicted.dim() > outcome.dim() - context.site.event_ndim:
             predicted = predicted.squeeze(-1)

@@ -69,7 +69,7 @@ class Learned(Baseline):
         if isinstance(module, WithTarget):
             module = module.slow if slow else module.online
         if self.module is None:
-            return in_units(context, module(context.read(module.names), context.value))
+            return in_units(context, module(context.read_nodes(module.names), context.value))
         predicted: Tensor = module(*context.read(self.inputs))
         if predicted.shape[-1:] == (1,) and predicted.dim() > len(context.site.element_shape):
             predicted = predicted.squeeze(-1)

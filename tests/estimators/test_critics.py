@@ -558,3 +558,30 @@ def test_leave_one_out_of_a_group_of_replayed_draws() -> None:
             scg.compile(model, estimator=ScoreFunction(baseline=LeaveOneOut(group=wrong)))(tokens, reward)
     with pytest.raises(scg.EstimatorError, match="one outcome"):
         scg.compile(model, estimator=ScoreFunction(baseline="self_critic"))(tokens, reward)
+
+
+class Seen(nn.Module):
+    """A critic's network that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen: tuple[tuple[int, ...], ...] = ()
+
+    def forward(self, outcome: Tensor, *values: Tensor) -> Tensor:
+        self.seen = tuple(tuple(value.shape) for value in values)
+        return self.weight * outcome
+
+
+def test_a_draw_may_be_called_as_an_input_is() -> None:
+    net = nn.Linear(2, 1)
+
+    def model(state: Tensor) -> Tensor:
+        state = Normal(state.sum(-1, keepdim=True).expand(-1, 2), 0.1).sample()
+        a = Bernoulli(logits=net(state)).sample()
+        return ((a - 0.3) * state).sum(-1).mean()
+
+    scg.compile(model, estimators={"a": "critic"})(torch.ones(5, 7)).backward()  # its context is the draw
+    seen = Seen()
+    scg.compile(model, estimators={"a": Critic(seen, inputs=("state",))})(torch.ones(5, 7)).backward()
+    assert seen.seen == ((5, 7),)  # what the user names is the input
