@@ -105,9 +105,16 @@ def log_ratio_of_bits(
         moved = [log_prob_of_bits(torch.addcmul(x, a.unsqueeze(-1), w), bits.unsqueeze(-2)) for a, w in rows]
         return torch.cat(moved, -1) - log_prob_of_bits(logits, bits).unsqueeze(-1)
 
+    held: list[Tensor] = []  # memory for all of them: a large new piece takes longer than what is done in it
+
     def product(p: Tensor, q: Tensor, growth: Tensor) -> Tensor:
         chunks = growth.split(some) if some < len(growth) else [growth]
-        parts = [torch.addcmul(q, p, rows).prod(-1) for rows in chunks]
+        parts = []
+        for rows in chunks:
+            shape = (*p.shape[:-2], *rows.shape)
+            if not held or held[0].shape != shape:
+                held[:] = [p.new_empty(shape)]
+            parts.append(torch.addcmul(q, p, rows, out=held[0]).prod(-1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     tables = [x.sigmoid(), x.neg().sigmoid(), (weight if scale == 1.0 else scale * weight).exp()]
