@@ -122,7 +122,10 @@ class Signals:
         """The sum of the members, built on the largest sum made before: T rewards-to-go take T additions."""
         ids = frozenset((cost, id(value)) for cost, value in members)
         known = self._sums.setdefault(shape, {})
-        best: frozenset[tuple[str, int]] = max((done for done in known if done <= ids), key=len, default=frozenset())
+        best: frozenset[tuple[str, int]] = frozenset()
+        for done in reversed(known):  # the last one is mostly the largest
+            if len(done) > len(best) and done <= ids:
+                best = done
         total: Tensor | None = known.get(best)
         for cost, value in members:
             if (cost, id(value)) not in best:

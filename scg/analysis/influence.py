@@ -56,6 +56,9 @@ FAR = float(2**40)
 
 Link = Literal["tied", "mixed", "point", "banded", "box"]
 
+EdgeParts = tuple[tuple[int | None, ...], tuple[bool, ...], tuple[str, ...], bool]
+"""Of a credit edge: axes, mixed dims, words, and whether these say all."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Range:
@@ -74,6 +77,11 @@ class Relation:
     extent: Shape
     """Sizes of the site's element dims; one pseudo dim of size 1 for a site without any."""
     _ranges: tuple[_Range, ...] = field(repr=False)
+
+    @cached_property
+    def edges(self) -> dict[tuple[Shape, int], EdgeParts]:
+        """What credit edges were made from it, by the site's shape and number of element dims."""
+        return {}
 
     @cached_property
     def lo(self) -> tuple[Tensor, ...]:
