@@ -169,8 +169,13 @@ def table_size(change: Tensor, weight: Tensor, size: float | None) -> tuple[floa
         low, size = (float(bound) for bound in change.abs().aminmax())
         if low != size:
             return 0.0, 0
-    reach, bound = size * float(weight.abs().max()), 0.9 * math.log(torch.finfo(weight.dtype).max)
-    return size, int(bound / max(reach, 1e-9)) if reach < bound / 4 else 0
+    span, bound = weight.abs(), 0.9 * math.log(torch.finfo(weight.dtype).max)
+    reach, many = size * float(span.max()), weight.shape[-1]
+    if reach >= bound / 4:
+        return size, 0
+    if reach * many > bound and size * float(span.sum(-1).max()) <= bound:
+        return size, many  # most of them are smaller
+    return size, int(bound / max(reach, 1e-9))
 
 
 def loop_rows(single: Callable[..., Any], tensors: Sequence[Tensor], axes: Sequence[int | None], rows: int) -> Any:

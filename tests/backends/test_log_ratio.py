@@ -106,3 +106,19 @@ def test_many_rows_of_logits_are_never_written_out(samples: int) -> None:
             patch.setattr(runtime, "table_size", lambda change, weight, size: (0.0, 0))
             torch.manual_seed(0)
             torch.testing.assert_close(torch.autograd.grad(compiled(x, y), [first.weight, second.weight]), fast)
+
+
+@pytest.mark.parametrize("span", [0.02, 0.2, 4.0])
+def test_a_few_large_weights_do_not_part_the_products(span: float) -> None:
+    torch.manual_seed(0)
+    weight = span * torch.rand(3, 500)
+    weight[:, 0] = 15.0
+    logits, bits = torch.randn(4, 500), (torch.rand(4, 500) < 0.5).float()
+    change = torch.where(torch.rand(4, 3) < 0.5, 1.0, -1.0)
+    found = runtime.log_ratio_of_bits(logits, change, weight, bits, 1.0)
+    wide, a = logits.double().unsqueeze(-2), change.double().unsqueeze(-1)
+    moved = runtime.log_prob_of_bits(wide + a * weight.double(), bits.double().unsqueeze(-2))
+    exact = moved - runtime.log_prob_of_bits(logits.double(), bits.double()).unsqueeze(-1)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=2e-3)
+    factors = runtime.table_size(change, weight, 1.0)[1]
+    assert factors == 500 if span < 1 else factors < 10
