@@ -53,6 +53,7 @@ _OWNERS: tuple[tuple[str, Any], ...] = (
 _STANDARD = (
     ("from __future__ import annotations\n", r"\) -> "),
     ("import base64", r"\bbase64\."),
+    ("import functools", r"\bfunctools\."),
     ("import math", r"\bmath\."),
     ("import zlib", r"\bzlib\."),
     ("from collections.abc import Callable, Sequence", r"\bSequence\["),
@@ -66,11 +67,11 @@ _TORCH = (
 )
 """Lines of import, and the sign that the text needs them."""
 
-_RESERVED = set("torch F Tensor Any Callable Sequence annotations base64 math zlib inf nan".split())
+_RESERVED = set("torch F Tensor Any Callable Sequence annotations base64 functools math zlib inf nan".split())
 _HELPERS = (
     runtime.variable, runtime.input_gradient, runtime.input_gradients, runtime.weigh_path, runtime.refuse_gradient,
-    runtime.loop_rows, runtime.call_opaque, runtime.log_prob_of_bits, runtime.log_ratio_of_bits,
-    runtime.log_ratio_of_class, runtime.table_size,
+    runtime.loop_rows, runtime.call_opaque, runtime.log_prob_of_bits, runtime.outcomes_of_four,
+    runtime.shares_of_four, runtime.log_ratio_of_bits, runtime.log_ratio_of_class, runtime.table_size,
 )  # fmt: skip
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from scg.backends import runtime
@@ -12,21 +15,29 @@ from scg.backends import runtime
 
 @dataclass(frozen=True)
 class LogRatio:
-    """A function of `runtime` that looks at the values it meets."""
+    """A function of `runtime` that looks at the values it meets, and what it returns for fakes."""
 
     function: Callable[..., Tensor]
+    fake: Callable[..., Tensor]
     __module__ = __name__
 
     @property
     def __name__(self) -> str:
         return self.function.__name__
 
-    def fake(self, logits: Tensor, change: Tensor, weight: Tensor, outcome: Tensor, size: float | None) -> Tensor:
-        return logits[..., :1] + change
-
-    def __call__(self, logits: Tensor, change: Tensor, weight: Tensor, outcome: Tensor, size: float | None) -> Tensor:
-        return self.function(logits, change, weight, outcome, size)
+    def __call__(self, *args: Any) -> Tensor:
+        return self.function(*args)
 
 
-LOG_RATIO_OF_BITS = LogRatio(runtime.log_ratio_of_bits)
-LOG_RATIO_OF_CLASS = LogRatio(runtime.log_ratio_of_class)
+def _ratio(logits: Tensor, change: Tensor, *rest: Any) -> Tensor:
+    return logits[..., :1] + change
+
+
+def _shares(logits: Tensor) -> Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty((math.prod(logits.shape[:-1]), -(-logits.shape[-1] // 4), 16), dtype=dtype)
+
+
+LOG_RATIO_OF_BITS = LogRatio(runtime.log_ratio_of_bits, _ratio)
+LOG_RATIO_OF_CLASS = LogRatio(runtime.log_ratio_of_class, _ratio)
+SHARES_OF_FOUR = LogRatio(runtime.shares_of_four, _shares)

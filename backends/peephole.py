@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scg.backends import runtime
 from scg.backends.gathers import ELEMENTWISE, gathered
-from scg.backends.log_ratio import LOG_RATIO_OF_BITS
+from scg.backends.log_ratio import LOG_RATIO_OF_BITS, SHARES_OF_FOUR
 
 if TYPE_CHECKING:
     from scg.backends.recorder import Recorder
@@ -298,7 +298,9 @@ class Peephole:
         before = call(Tensor.squeeze, before, 0) if before.dim() == change.dim() else before
         lead = call(Tensor.movedim, call(Tensor.squeeze, change, -1), 0, -1)
         weight = call(Tensor.reshape, weight, (weight.shape[0], weight.shape[-1]))
-        grown = call(LOG_RATIO_OF_BITS, before, lead, weight, targets, None)
+        tables = self._recorder.compares_draws and before.device.type == "cpu"  # one for all chunks of rows
+        shares = call(SHARES_OF_FOUR, before) if tables else None
+        grown = call(LOG_RATIO_OF_BITS, before, lead, weight, targets, None, shares)
         return call(torch.add, call(Tensor.movedim, grown, -1, 0), call(runtime.log_prob_of_bits, before, targets))
 
     def _of_gathered(self, call: _Call) -> Tensor | None:

@@ -4,6 +4,7 @@ ejected code as it stands.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,15 +73,46 @@ def log_prob_of_bits(logits: Tensor, bits: Tensor) -> Tensor:
     return total + rest.prod(-1).log() if rest.shape[-1] else total
 
 
+@functools.cache
+def outcomes_of_four(dtype: torch.dtype) -> Tensor:
+    """All outcomes of four bits, halved and centred.  ``[4, 16]``"""
+    bit = torch.tensor([-0.5, 0.5], dtype=dtype, device="cpu")
+    return torch.cartesian_prod(bit, bit, bit, bit).t().contiguous()
+
+
+def shares_of_four(logits: Tensor) -> Tensor:
+    """How likely each outcome of four bits is, of four at a time; the last ones with bits of no weight.
+
+    Args:
+        logits: ``[*N, J]``.
+
+    Returns:
+        ``[prod N, ceil(J / 4), 16]``.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    with torch.autocast(logits.device.type, enabled=False):
+        flat = logits.to(dtype).reshape(-1, logits.shape[-1])
+        if odd := -flat.shape[-1] % 4:
+            flat = torch.nn.functional.pad(flat, (0, odd))
+        sums = torch.mm(flat.reshape(-1, 4), outcomes_of_four(dtype))
+        return sums.view(len(flat), flat.shape[-1] // 4, 16).softmax(-1)
+
+
 def log_ratio_of_bits(
-    logits: Tensor, change: Tensor, weight: Tensor, bits: Tensor, size: float | None = None
+    logits: Tensor,
+    change: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    size: float | None = None,
+    shares: Tensor | None = None,
 ) -> Tensor:
     r"""By how much `log_prob_of_bits` grows where ``change * weight`` is added to the logits, without gradient.
 
-    .. math:: a \sum_j b_j w_j - \log \prod_j \big(q_j + p_j e^{a w_j}\big)
+    .. math:: a \sum_j \big(b_j - \tfrac12\big) w_j - \log \prod_j \big(q_j e^{-a w_j / 2} + p_j e^{a w_j / 2}\big)
 
-    Where all changes ``a`` are of one size, as those of bits are, the exponentials are a table of the weights: one
-    multiplication and addition an element and direction are left. So many are multiplied as cannot overflow.
+    Where all changes ``a`` are of one size, as those of bits are, four factors at a time are a product of matrices: of
+    the sixteen outcomes of four bits, how likely each is, a table of the logits, times how the change weighs it, a
+    table of the weights. So many are multiplied as cannot overflow.
 
     Args:
         logits: ``[*N, J]``.
@@ -88,6 +120,7 @@ def log_ratio_of_bits(
         weight: ``[D, J]``.
         bits: ``[*N, J]``.
         size: the absolute value of all changes, where it is known.
+        shares: ``shares_of_four(logits)``, where several calls share it.
 
     Returns:
         The shape of ``change``.
@@ -95,34 +128,40 @@ def log_ratio_of_bits(
     if torch.is_autocast_enabled(weight.device.type) or weight.dtype.itemsize < 4:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
-            return log_ratio_of_bits(logits.to(dtype), change.to(dtype), weight.to(dtype), bits.to(dtype), size)
+            logits, change, weight, bits = (item.to(dtype) for item in (logits, change, weight, bits))
+            return log_ratio_of_bits(logits, change, weight, bits, size, shares)
     scale, factors = table_size(change, weight, size)
-    total = change * torch.nn.functional.linear(bits, weight)
-    weight, x = weight.contiguous(), logits.unsqueeze(-2)  # it is read once for each of N
-    some = max((1 << (19 if weight.device.type == "cpu" else 26)) // max(logits.numel(), 1), 1)  # of D at once
     if not factors:
-        rows = zip(change.split(some, -1), weight.split(some), strict=True)
+        some = max((1 << (19 if weight.device.type == "cpu" else 26)) // max(logits.numel(), 1), 1)  # of D at once
+        x, rows = logits.unsqueeze(-2), zip(change.split(some, -1), weight.contiguous().split(some), strict=True)
         moved = [log_prob_of_bits(torch.addcmul(x, a.unsqueeze(-1), w), bits.unsqueeze(-2)) for a, w in rows]
         return torch.cat(moved, -1) - log_prob_of_bits(logits, bits).unsqueeze(-1)
 
-    held: list[Tensor] = []  # memory for all of them: a large new piece takes longer than what is done in it
+    moves = torch.cat([weight, -weight]) if scale == 1.0 else torch.cat([scale * weight, -scale * weight])  # [2D, J]
+    if odd := -moves.shape[-1] % 4:
+        moves = torch.nn.functional.pad(moves, (0, odd))
+    shares = shares_of_four(logits) if shares is None else shares  # [N, J / 4, 16]
+    at_once = (1 << (21 if weight.dtype.itemsize == 4 else 20)) // max(len(shares) * len(moves), 1)  # a cache holds so
+    some, safe = (
+        max(at_once, 1),
+        factors // 2,
+    )  # fours of factors: each is half as far from 1 as factors of `table_size`
+    outcomes = outcomes_of_four(weight.dtype)
 
-    def product(p: Tensor, q: Tensor, growth: Tensor) -> Tensor:
-        chunks = growth.split(some) if some < len(growth) else [growth]
-        parts = []
-        for rows in chunks:
-            shape = (*p.shape[:-2], *rows.shape)
-            if not held or held[0].shape != shape:
-                held[:] = [p.new_empty(shape)]
-            parts.append(torch.addcmul(q, p, rows, out=held[0]).prod(-1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    def product(likely: Tensor, moves: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for p, move in zip(likely.split(some, 1), moves.split(4 * some, 1), strict=True):
+            growth = torch.mm(move.reshape(-1, 4), outcomes).view(len(move), move.shape[1] // 4, 16).exp_()
+            found = torch.bmm(p.transpose(0, 1), growth.permute(1, 2, 0)).prod(0)  # [N, 2D]
+            total = found if total is None else total.mul_(found)
+        assert total is not None
+        return total
 
-    tables = [x.sigmoid(), x.neg().sigmoid(), (weight if scale == 1.0 else scale * weight).exp()]
-    splits = [table.split(factors, -1) for table in tables] if factors < x.shape[-1] else [[table] for table in tables]
-    for p, q, growth in zip(*splits, strict=True):
-        up, down = product(p, q, growth), product(p, q, growth.reciprocal())
-        total = total - torch.where(change > 0, up, down).log()
-    return total
+    parts = zip(shares.split(safe, 1), moves.split(4 * safe, 1), strict=True)
+    log_sum = functools.reduce(torch.add, [product(*part).log_() for part in parts])
+    up, down = log_sum.reshape(*logits.shape[:-1], len(moves)).chunk(2, -1)
+    slope = torch.sub(torch.nn.functional.linear(bits - 0.5, weight), up - down, alpha=0.5 / (scale or 1.0))
+    return torch.addcmul((up + down) * -0.5, change, slope)
 
 
 def log_ratio_of_class(

@@ -122,3 +122,14 @@ def test_a_few_large_weights_do_not_part_the_products(span: float) -> None:
     torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=2e-3)
     factors = runtime.table_size(change, weight, 1.0)[1]
     assert factors == 500 if span < 1 else factors < 10
+
+
+@pytest.mark.parametrize(("rows", "count"), [(0, 5), (1, 3), (7, 9), (1500, 46)])
+def test_four_factors_at_a_time(rows: int, count: int) -> None:
+    """Counts that four does not divide, and so many rows that not all factors are multiplied at once."""
+    logits, bits = torch.randn(rows, count), (torch.rand(rows, count) < 0.5).float()
+    weight, change = torch.randn(64, count), torch.where(torch.rand(rows, 64) < 0.5, 1.0, -1.0)
+    found = runtime.log_ratio_of_bits(logits, change, weight, bits, 1.0)
+    moved = torch.addcmul(logits.double().unsqueeze(-2), change.double().unsqueeze(-1), weight.double())
+    expected = _plain(moved, bits.double().unsqueeze(-2)) - _plain(logits.double(), bits.double()).unsqueeze(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
