@@ -89,13 +89,14 @@ def shares_of_four(logits: Tensor) -> Tensor:
     Returns:
         ``[prod N, ceil(J / 4), 16]``.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    with torch.autocast(logits.device.type, enabled=False):
-        flat = logits.to(dtype).reshape(-1, logits.shape[-1])
-        if odd := -flat.shape[-1] % 4:
-            flat = torch.nn.functional.pad(flat, (0, odd))
-        sums = torch.mm(flat.reshape(-1, 4), outcomes_of_four(dtype))
-        return sums.view(len(flat), flat.shape[-1] // 4, 16).softmax(-1)
+    if torch.is_autocast_enabled(logits.device.type) or logits.dtype.itemsize < 4:
+        with torch.autocast(logits.device.type, enabled=False):
+            return shares_of_four(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    flat = logits.reshape(-1, logits.shape[-1])
+    if odd := -flat.shape[-1] % 4:
+        flat = torch.nn.functional.pad(flat, (0, odd))
+    sums = torch.mm(flat.reshape(-1, 4), outcomes_of_four(flat.dtype))
+    return sums.view(len(flat), flat.shape[-1] // 4, 16).softmax(-1)
 
 
 def log_ratio_of_bits(
@@ -137,29 +138,26 @@ def log_ratio_of_bits(
         moved = [log_prob_of_bits(torch.addcmul(x, a.unsqueeze(-1), w), bits.unsqueeze(-2)) for a, w in rows]
         return torch.cat(moved, -1) - log_prob_of_bits(logits, bits).unsqueeze(-1)
 
-    moves = torch.cat([weight, -weight]) if scale == 1.0 else torch.cat([scale * weight, -scale * weight])  # [2D, J]
+    sides = torch.tensor([scale, -scale], dtype=weight.dtype).view(2, 1, 1)
+    moves = (sides * weight).flatten(0, 1)  # [2D, J]
     if odd := -moves.shape[-1] % 4:
         moves = torch.nn.functional.pad(moves, (0, odd))
     shares = shares_of_four(logits) if shares is None else shares  # [N, J / 4, 16]
-    at_once = (1 << (21 if weight.dtype.itemsize == 4 else 20)) // max(len(shares) * len(moves), 1)  # a cache holds so
-    some, safe = (
-        max(at_once, 1),
-        factors // 2,
-    )  # fours of factors: each is half as far from 1 as factors of `table_size`
     outcomes = outcomes_of_four(weight.dtype)
 
-    def product(likely: Tensor, moves: Tensor) -> Tensor:
-        total: Tensor | None = None
-        for p, move in zip(likely.split(some, 1), moves.split(4 * some, 1), strict=True):
-            growth = torch.mm(move.reshape(-1, 4), outcomes).view(len(move), move.shape[1] // 4, 16).exp_()
-            found = torch.bmm(p.transpose(0, 1), growth.permute(1, 2, 0)).prod(0)  # [N, 2D]
-            total = found if total is None else total.mul_(found)
-        assert total is not None
-        return total
+    def log_product(likely: Tensor, moves: Tensor) -> Tensor:
+        growth = torch.mm(moves.reshape(-1, 4), outcomes).view(len(moves), likely.shape[1], 16).exp_()
+        return torch.bmm(likely.transpose(0, 1), growth.permute(1, 2, 0)).prod(0).log_()  # [N, 2D]
 
-    parts = zip(shares.split(safe, 1), moves.split(4 * safe, 1), strict=True)
-    log_sum = functools.reduce(torch.add, [product(*part).log_() for part in parts])
-    up, down = log_sum.reshape(*logits.shape[:-1], len(moves)).chunk(2, -1)
+    # each factor is half as far from 1 as one of `table_size`
+    fits = (1 << (21 if weight.dtype.itemsize == 4 else 20)) // max(len(shares) * len(moves), 1)  # in a cache
+    fours = min(factors // 2, max(fits, 1))
+    if fours >= shares.shape[1]:
+        log_sum = log_product(shares, moves)
+    else:
+        parts = zip(shares.split(fours, 1), moves.split(4 * fours, 1), strict=True)
+        log_sum = functools.reduce(torch.add, [log_product(*part) for part in parts])
+    up, down = log_sum.view(*logits.shape[:-1], len(moves)).chunk(2, -1)
     slope = torch.sub(torch.nn.functional.linear(bits - 0.5, weight), up - down, alpha=0.5 / (scale or 1.0))
     return torch.addcmul((up + down) * -0.5, change, slope)
 
@@ -208,11 +206,11 @@ def table_size(change: Tensor, weight: Tensor, size: float | None) -> tuple[floa
         low, size = (float(bound) for bound in change.abs().aminmax())
         if low != size:
             return 0.0, 0
-    span, bound = weight.abs(), 0.9 * math.log(torch.finfo(weight.dtype).max)
-    reach, many = size * float(span.max()), weight.shape[-1]
-    if reach >= bound / 4:
+    bound, many = 0.9 * math.log(torch.finfo(weight.dtype).max), weight.shape[-1]
+    reach = size * float(torch.linalg.vector_norm(weight, math.inf))
+    if not reach < bound / 4:  # or not a number
         return size, 0
-    if reach * many > bound and size * float(span.sum(-1).max()) <= bound:
+    if reach * many > bound and size * float(weight.abs().sum(-1).max()) <= bound:
         return size, many  # most of them are smaller
     return size, int(bound / max(reach, 1e-9))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,3 +135,13 @@ def test_four_factors_at_a_time(rows: int, count: int) -> None:
     moved = torch.addcmul(logits.double().unsqueeze(-2), change.double().unsqueeze(-1), weight.double())
     expected = _plain(moved, bits.double().unsqueeze(-2)) - _plain(logits.double(), bits.double()).unsqueeze(-1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_weights_that_are_not_numbers_give_what_is_not_a_number() -> None:
+    weight = torch.tensor([[1.0, math.nan], [1.0, 2.0]])
+    for function, outcome in (
+        (runtime.log_ratio_of_bits, torch.ones(3, 2)),
+        (runtime.log_ratio_of_class, torch.ones(3).long()),
+    ):
+        found = function(torch.zeros(3, 2), torch.ones(3, 2), weight, outcome, 1.0)
+        assert found[:, 0].isnan().all() and found[:, 1].isfinite().all()
