@@ -44,7 +44,7 @@ _NOTHING = {"add": 0.0, "sub": 0.0, "mul": 1.0, "div": 1.0, "__truediv__": 1.0}
 _PRECISE = {torch.float32, torch.float64}
 _LARGEST_TABLE = 1024
 """Elements of a constant; more of them are quicker made than read."""
-_MANY_DRAWS = 1024
+_MANY_DRAWS = 1536
 """Elements from which on three quick kernels take less time than the one that draws an element at a time."""
 _VIEWS = {"detach", "expand", "expand_as", "reshape", "view", "unsqueeze", "squeeze", "movedim", "permute", "transpose"}
 
