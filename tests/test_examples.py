@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 _SLOW = {"gallery", "credit_on_a_chain"}
 EXAMPLES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in _SLOW else [])
-    for path in sorted((ROOT / "examples").glob("*.py"))
+    for path in sorted((ROOT / "examples").glob("[!_]*.py"))
 ]
 
 
