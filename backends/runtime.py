@@ -133,7 +133,8 @@ def log_ratio_of_bits(
             return log_ratio_of_bits(logits, change, weight, bits, size, shares)
     scale, factors = table_size(change, weight, size)
     if not factors:
-        some = max((1 << (19 if weight.device.type == "cpu" else 26)) // max(logits.numel(), 1), 1)  # of D at once
+        large = weight.device.type != "cpu" or torch.compiler.is_compiling()  # memory, or kernels that write none of it
+        some = max((1 << (26 if large else 19)) // max(logits.numel(), 1), 1)  # of D at once
         x, rows = logits.unsqueeze(-2), zip(change.split(some, -1), weight.contiguous().split(some), strict=True)
         moved = [log_prob_of_bits(torch.addcmul(x, a.unsqueeze(-1), w), bits.unsqueeze(-2)) for a, w in rows]
         return torch.cat(moved, -1) - log_prob_of_bits(logits, bits).unsqueeze(-1)
