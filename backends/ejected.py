@@ -24,7 +24,7 @@ from scg.backends import runtime
 from scg.backends.batching import Mapped
 from scg.backends.doubly import RefuseGradient, WeighPath
 from scg.backends.draw_call import DrawCall
-from scg.backends.log_ratio import LogRatio
+from scg.backends.log_ratio import RuntimeCall
 from scg.backends.opaque_call import OpaqueCall
 from scg.backends.parameter_check import ParameterCheck
 from scg.backends.recorder import CustomFunction
@@ -71,7 +71,8 @@ _RESERVED = set("torch F Tensor Any Callable Sequence annotations base64 functoo
 _HELPERS = (
     runtime.variable, runtime.input_gradient, runtime.input_gradients, runtime.weigh_path, runtime.refuse_gradient,
     runtime.loop_rows, runtime.call_opaque, runtime.log_prob_of_bits, runtime.outcomes_of_four,
-    runtime.shares_of_four, runtime.log_ratio_of_bits, runtime.log_ratio_of_class, runtime.table_size,
+    runtime.shares_of_four, runtime.log_products_of_four, runtime.log_ratio_of_bits, runtime.log_ratio_of_class,
+    runtime.table_size,
 )  # fmt: skip
 
 
@@ -212,7 +213,7 @@ class _Ejector:
         owner = getattr(target, "__self__", None)
         if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
             return f"{self._users(owner)}.apply"
-        if isinstance(target, LogRatio):
+        if isinstance(target, RuntimeCall):
             return self._helper(target.function)
         if target in _HELPERS:
             return self._helper(target)

@@ -14,7 +14,7 @@ from scg.backends import runtime
 
 
 @dataclass(frozen=True)
-class LogRatio:
+class RuntimeCall:
     """A function of `runtime` that looks at the values it meets, and what it returns for fakes."""
 
     function: Callable[..., Tensor]
@@ -38,6 +38,6 @@ def _shares(logits: Tensor) -> Tensor:
     return logits.new_empty((math.prod(logits.shape[:-1]), -(-logits.shape[-1] // 4), 16), dtype=dtype)
 
 
-LOG_RATIO_OF_BITS = LogRatio(runtime.log_ratio_of_bits, _ratio)
-LOG_RATIO_OF_CLASS = LogRatio(runtime.log_ratio_of_class, _ratio)
-SHARES_OF_FOUR = LogRatio(runtime.shares_of_four, _shares)
+LOG_RATIO_OF_BITS = RuntimeCall(runtime.log_ratio_of_bits, _ratio)
+LOG_RATIO_OF_CLASS = RuntimeCall(runtime.log_ratio_of_class, _ratio)
+SHARES_OF_FOUR = RuntimeCall(runtime.shares_of_four, _shares)

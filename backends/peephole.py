@@ -45,7 +45,7 @@ _PRECISE = {torch.float32, torch.float64}
 _LARGEST_TABLE = 1024
 """Elements of a constant; more of them are quicker made than read."""
 _MANY_DRAWS = 1536
-"""Elements from which on three quick kernels take less time than the one that draws an element at a time."""
+"""Elements from which on a few quick kernels take less time than the one that draws an element at a time."""
 _VIEWS = {"detach", "expand", "expand_as", "reshape", "view", "unsqueeze", "squeeze", "movedim", "permute", "transpose"}
 
 
@@ -298,7 +298,7 @@ class Peephole:
         before = call(Tensor.squeeze, before, 0) if before.dim() == change.dim() else before
         lead = call(Tensor.movedim, call(Tensor.squeeze, change, -1), 0, -1)
         weight = call(Tensor.reshape, weight, (weight.shape[0], weight.shape[-1]))
-        tables = self._recorder.compares_draws and before.device.type == "cpu"  # one for all chunks of rows
+        tables = self._recorder.eager and before.device.type == "cpu"  # one for all chunks of rows
         shares = call(SHARES_OF_FOUR, before) if tables else None
         grown = call(LOG_RATIO_OF_BITS, before, lead, weight, targets, None, shares)
         return call(torch.add, call(Tensor.movedim, grown, -1, 0), call(runtime.log_prob_of_bits, before, targets))
@@ -321,7 +321,7 @@ class Peephole:
         p = call.args[0]
         if call.kwargs or len(call.args) > 1 or id(p) not in self._probabilities:
             return None  # what may be no probability is refused at run time
-        if not self._recorder.compares_draws or p.device.type != "cpu" or p.numel() < _MANY_DRAWS:
+        if not self._recorder.eager or p.device.type != "cpu" or p.numel() < _MANY_DRAWS:
             return None
         above = self._call(torch.sub, p, self._call(torch.rand_like, p, dtype=torch.float64))
         return self._call(Tensor.to, self._call(torch.abs, self._call(torch.ceil, above)), p.dtype)

@@ -93,10 +93,10 @@ class InPlaceError(LoweringError):
 class Recorder(TorchFunctionMode):
     """While active, every torch function call on tensors is run on fakes and appended to `graph`."""
 
-    def __init__(self, fake_mode: FakeTensorMode, *, narrows: bool = False, compares_draws: bool = False) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, *, narrows: bool = False, eager: bool = False) -> None:
         super().__init__()
-        self.compares_draws = compares_draws
-        """Whether Bernoulli draws may be comparisons with uniform numbers."""
+        self.eager = eager
+        """Whether the program runs call by call: draws that are comparisons and shared tables are quicker there."""
         self.narrowing = Narrowing(self._call) if narrows else None
         """Which tensors are expanded, where that is looked after."""
         self.fake_mode = fake_mode

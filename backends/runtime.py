@@ -99,6 +99,29 @@ def shares_of_four(logits: Tensor) -> Tensor:
     return sums.view(len(flat), flat.shape[-1] // 4, 16).softmax(-1)
 
 
+def log_products_of_four(shares: Tensor, moves: Tensor, at_once: int) -> Tensor:
+    """``sum_j log(q_j exp(-m_j / 2) + p_j exp(m_j / 2))``, by products of matrices.
+
+    Args:
+        shares: `shares_of_four` of the logits.  ``[N, J / 4, 16]``
+        moves: ``m``.  ``[M, J]``
+        at_once: how many fours of factors are multiplied before the logarithm, which must not overflow.
+
+    Returns:
+        ``[N, M]``.
+    """
+    outcomes = outcomes_of_four(moves.dtype)
+
+    def log_product(likely: Tensor, moves: Tensor) -> Tensor:
+        growth = torch.mm(moves.reshape(-1, 4), outcomes).view(len(moves), likely.shape[1], 16).exp_()
+        return torch.bmm(likely.transpose(0, 1), growth.permute(1, 2, 0)).prod(0).log_()
+
+    if at_once >= shares.shape[1]:
+        return log_product(shares, moves)
+    parts = zip(shares.split(at_once, 1), moves.split(4 * at_once, 1), strict=True)
+    return functools.reduce(torch.add, [log_product(*part) for part in parts])
+
+
 def log_ratio_of_bits(
     logits: Tensor,
     change: Tensor,
@@ -144,20 +167,9 @@ def log_ratio_of_bits(
     if odd := -moves.shape[-1] % 4:
         moves = torch.nn.functional.pad(moves, (0, odd))
     shares = shares_of_four(logits) if shares is None else shares  # [N, J / 4, 16]
-    outcomes = outcomes_of_four(weight.dtype)
-
-    def log_product(likely: Tensor, moves: Tensor) -> Tensor:
-        growth = torch.mm(moves.reshape(-1, 4), outcomes).view(len(moves), likely.shape[1], 16).exp_()
-        return torch.bmm(likely.transpose(0, 1), growth.permute(1, 2, 0)).prod(0).log_()  # [N, 2D]
-
-    # each factor is half as far from 1 as one of `table_size`
     fits = (1 << (21 if weight.dtype.itemsize == 4 else 20)) // max(len(shares) * len(moves), 1)  # in a cache
-    fours = min(factors // 2, max(fits, 1))
-    if fours >= shares.shape[1]:
-        log_sum = log_product(shares, moves)
-    else:
-        parts = zip(shares.split(fours, 1), moves.split(4 * fours, 1), strict=True)
-        log_sum = functools.reduce(torch.add, [log_product(*part) for part in parts])
+    # each factor is half as far from 1 as one of `table_size`
+    log_sum = log_products_of_four(shares, moves, min(factors // 2, max(fits, 1)))
     up, down = log_sum.view(*logits.shape[:-1], len(moves)).chunk(2, -1)
     slope = torch.sub(torch.nn.functional.linear(bits - 0.5, weight), up - down, alpha=0.5 / (scale or 1.0))
     return torch.addcmul((up + down) * -0.5, change, slope)

@@ -48,7 +48,7 @@ def build(
     learning: bool,
     debug: bool = False,
     order: int = 1,
-    compares_draws: bool = False,
+    eager: bool = False,
 ) -> Program:
     """Records one program of ``graph``.
 
@@ -61,11 +61,11 @@ def build(
         learning: whether gradients are enabled: else no terms are built.
         debug: check every distribution's parameters at run time.
         order: 2 makes every derivative right.
-        compares_draws: whether Bernoulli draws may be comparisons with uniform numbers, as inductor makes them itself.
+        eager: whether it runs call by call: inductor makes comparisons of draws and fused kernels itself.
     """
     narrows = bool(graph.of(Marginal))  # rows of latents do not vary over a batch
     fake_mode = FakeTensorMode(allow_non_fake_inputs=False)
-    recorder = Recorder(fake_mode, narrows=narrows, compares_draws=compares_draws)
+    recorder = Recorder(fake_mode, narrows=narrows, eager=eager)
     used_inputs: list[int] = []
     used_captured: list[str] = []
 

@@ -211,7 +211,7 @@ class CompiledModule(nn.Module):
             learning=torch.is_grad_enabled(),
             debug=self.options.debug,
             order=self.options.order,
-            compares_draws=self.options.backend == "eager",
+            eager=self.options.backend == "eager",
         )
 
     def variant(self, graph: Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bound:
