@@ -70,9 +70,8 @@ _TORCH = (
 _RESERVED = set("torch F Tensor Any Callable Sequence annotations base64 functools math zlib inf nan".split())
 _HELPERS = (
     runtime.variable, runtime.input_gradient, runtime.input_gradients, runtime.weigh_path, runtime.refuse_gradient,
-    runtime.loop_rows, runtime.call_opaque, runtime.log_prob_of_bits, runtime.outcomes_of_four,
-    runtime.shares_of_four, runtime.log_products_of_four, runtime.log_ratio_of_bits, runtime.log_ratio_of_class,
-    runtime.table_size,
+    runtime.loop_rows, runtime.call_opaque, runtime.log_prob_of_bits, runtime.log_ratio_of_bits,
+    runtime.log_ratio_of_class, runtime.changes_in_parts, runtime.table_size,
 )  # fmt: skip
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from scg.backends import runtime
@@ -33,11 +31,5 @@ def _ratio(logits: Tensor, change: Tensor, *rest: Any) -> Tensor:
     return logits[..., :1] + change
 
 
-def _shares(logits: Tensor) -> Tensor:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty((math.prod(logits.shape[:-1]), -(-logits.shape[-1] // 4), 16), dtype=dtype)
-
-
 LOG_RATIO_OF_BITS = RuntimeCall(runtime.log_ratio_of_bits, _ratio)
 LOG_RATIO_OF_CLASS = RuntimeCall(runtime.log_ratio_of_class, _ratio)
-SHARES_OF_FOUR = RuntimeCall(runtime.shares_of_four, _shares)

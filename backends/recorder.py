@@ -176,6 +176,23 @@ class Recorder(TorchFunctionMode):
         self._handed_out.add(id(tensor))
         return tensor
 
+    def within(self, most: int, make: Callable[[], Tensor]) -> Tensor | None:
+        """What ``make`` returns, if nothing that it takes holds more bytes; else None, and its calls will not run."""
+        before = set(self.graph.nodes)
+        made = make()
+        needed, waiting = set[fx.Node](), [self.node(made)]
+        while waiting:
+            if (node := waiting.pop()) not in before and node not in needed:
+                needed.add(node)
+                waiting += node.all_input_nodes
+        sizes = (node.meta["fake"].untyped_storage().nbytes() for node in needed if "fake" in node.meta)
+        if max(sizes, default=0) <= most:
+            return made
+        for node in self.graph.nodes:
+            if node not in before:
+                node.meta["effect"] = False
+        return None
+
     # -- recording ------------------------------------------------------------------------------------------------
     def __torch_function__(
         self, func: Callable[..., Any], types_: Any, args: Any = (), kwargs: dict[str, Any] | None = None

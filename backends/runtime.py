@@ -73,70 +73,15 @@ def log_prob_of_bits(logits: Tensor, bits: Tensor) -> Tensor:
     return total + rest.prod(-1).log() if rest.shape[-1] else total
 
 
-@functools.cache
-def outcomes_of_four(dtype: torch.dtype) -> Tensor:
-    """All outcomes of four bits, halved and centred.  ``[4, 16]``"""
-    bit = torch.tensor([-0.5, 0.5], dtype=dtype, device="cpu")
-    return torch.cartesian_prod(bit, bit, bit, bit).t().contiguous()
-
-
-def shares_of_four(logits: Tensor) -> Tensor:
-    """How likely each outcome of four bits is, of four at a time; the last ones with bits of no weight.
-
-    Args:
-        logits: ``[*N, J]``.
-
-    Returns:
-        ``[prod N, ceil(J / 4), 16]``.
-    """
-    if torch.is_autocast_enabled(logits.device.type) or logits.dtype.itemsize < 4:
-        with torch.autocast(logits.device.type, enabled=False):
-            return shares_of_four(logits.to(torch.promote_types(logits.dtype, torch.float32)))
-    flat = logits.reshape(-1, logits.shape[-1])
-    if odd := -flat.shape[-1] % 4:
-        flat = torch.nn.functional.pad(flat, (0, odd))
-    sums = torch.mm(flat.reshape(-1, 4), outcomes_of_four(flat.dtype))
-    return sums.view(len(flat), flat.shape[-1] // 4, 16).softmax(-1)
-
-
-def log_products_of_four(shares: Tensor, moves: Tensor, at_once: int) -> Tensor:
-    """``sum_j log(q_j exp(-m_j / 2) + p_j exp(m_j / 2))``, by products of matrices.
-
-    Args:
-        shares: `shares_of_four` of the logits.  ``[N, J / 4, 16]``
-        moves: ``m``.  ``[M, J]``
-        at_once: how many fours of factors are multiplied before the logarithm, which must not overflow.
-
-    Returns:
-        ``[N, M]``.
-    """
-    outcomes = outcomes_of_four(moves.dtype)
-
-    def log_product(likely: Tensor, moves: Tensor) -> Tensor:
-        growth = torch.mm(moves.reshape(-1, 4), outcomes).view(len(moves), likely.shape[1], 16).exp_()
-        return torch.bmm(likely.transpose(0, 1), growth.permute(1, 2, 0)).prod(0).log_()
-
-    if at_once >= shares.shape[1]:
-        return log_product(shares, moves)
-    parts = zip(shares.split(at_once, 1), moves.split(4 * at_once, 1), strict=True)
-    return functools.reduce(torch.add, [log_product(*part) for part in parts])
-
-
 def log_ratio_of_bits(
-    logits: Tensor,
-    change: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    size: float | None = None,
-    shares: Tensor | None = None,
+    logits: Tensor, change: Tensor, weight: Tensor, bits: Tensor, size: float | None = None
 ) -> Tensor:
     r"""By how much `log_prob_of_bits` grows where ``change * weight`` is added to the logits, without gradient.
 
-    .. math:: a \sum_j \big(b_j - \tfrac12\big) w_j - \log \prod_j \big(q_j e^{-a w_j / 2} + p_j e^{a w_j / 2}\big)
+    .. math:: a \sum_j b_j w_j - \log \prod_j \big(q_j + p_j e^{a w_j}\big)
 
-    Where all changes ``a`` are of one size, as those of bits are, four factors at a time are a product of matrices: of
-    the sixteen outcomes of four bits, how likely each is, a table of the logits, times how the change weighs it, a
-    table of the weights. So many are multiplied as cannot overflow.
+    Where all changes ``a`` are of one size, as those of bits are, ``exp(a w)`` is one of two tables of the weights, and
+    there is one logarithm for as many factors as cannot overflow.
 
     Args:
         logits: ``[*N, J]``.
@@ -144,7 +89,6 @@ def log_ratio_of_bits(
         weight: ``[D, J]``.
         bits: ``[*N, J]``.
         size: the absolute value of all changes, where it is known.
-        shares: ``shares_of_four(logits)``, where several calls share it.
 
     Returns:
         The shape of ``change``.
@@ -152,27 +96,30 @@ def log_ratio_of_bits(
     if torch.is_autocast_enabled(weight.device.type) or weight.dtype.itemsize < 4:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
-            logits, change, weight, bits = (item.to(dtype) for item in (logits, change, weight, bits))
-            return log_ratio_of_bits(logits, change, weight, bits, size, shares)
-    scale, factors = table_size(change, weight, size)
-    if not factors:
-        large = weight.device.type != "cpu" or torch.compiler.is_compiling()  # memory, or kernels that write none of it
-        some = max((1 << (26 if large else 19)) // max(logits.numel(), 1), 1)  # of D at once
-        x, rows = logits.unsqueeze(-2), zip(change.split(some, -1), weight.contiguous().split(some), strict=True)
-        moved = [log_prob_of_bits(torch.addcmul(x, a.unsqueeze(-1), w), bits.unsqueeze(-2)) for a, w in rows]
+            return log_ratio_of_bits(logits.to(dtype), change.to(dtype), weight.to(dtype), bits.to(dtype), size)
+    scale, many = table_size(change, weight, size)
+    if not many:
+        x, parts = logits.unsqueeze(-2), changes_in_parts(logits, change, weight)
+        moved = [log_prob_of_bits(torch.addcmul(x, a.unsqueeze(-1), w), bits.unsqueeze(-2)) for a, w in parts]
         return torch.cat(moved, -1) - log_prob_of_bits(logits, bits).unsqueeze(-1)
 
-    sides = torch.tensor([scale, -scale], dtype=weight.dtype).view(2, 1, 1)
-    moves = (sides * weight).flatten(0, 1)  # [2D, J]
-    if odd := -moves.shape[-1] % 4:
-        moves = torch.nn.functional.pad(moves, (0, odd))
-    shares = shares_of_four(logits) if shares is None else shares  # [N, J / 4, 16]
-    fits = (1 << (21 if weight.dtype.itemsize == 4 else 20)) // max(len(shares) * len(moves), 1)  # in a cache
-    # each factor is half as far from 1 as one of `table_size`
-    log_sum = log_products_of_four(shares, moves, min(factors // 2, max(fits, 1)))
-    up, down = log_sum.view(*logits.shape[:-1], len(moves)).chunk(2, -1)
-    slope = torch.sub(torch.nn.functional.linear(bits - 0.5, weight), up - down, alpha=0.5 / (scale or 1.0))
-    return torch.addcmul((up + down) * -0.5, change, slope)
+    raised = change.contiguous().view(-1, change.shape[-1]).relu()  # [N, D], 0 or 1
+    raised, growth = (raised, weight) if scale in (0.0, 1.0) else (raised / scale, scale * weight)
+    growth = growth.t().contiguous().unsqueeze(1).exp()  # [J, 1, D]
+    x = logits if change.dim() == logits.dim() else logits.expand(*change.shape[:-1], logits.shape[-1])
+    x = x.reshape(len(raised), logits.shape[-1]).t().unsqueeze(-1)  # [J, N, 1]
+    tables = growth.reciprocal(), growth, x.sigmoid(), x.neg().sigmoid_()
+
+    def log_product(low: Tensor, high: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return torch.lerp(low, high, raised).mul_(p).add_(q).prod(0).log_()
+
+    many = min(many, max((1 << 20) // max(raised.numel(), 1), 1))  # in a cache
+    if many >= len(x):
+        log_sum = log_product(*tables)
+    else:
+        parts = zip(*(table.split(many) for table in tables), strict=True)
+        log_sum = functools.reduce(torch.add, [log_product(*part) for part in parts])
+    return torch.sub(change * torch.nn.functional.linear(bits, weight), log_sum.view_as(change))
 
 
 def log_ratio_of_class(
@@ -199,13 +146,21 @@ def log_ratio_of_class(
         with torch.autocast(weight.device.type, enabled=False):
             return log_ratio_of_class(logits.to(dtype), change.to(dtype), weight.to(dtype), index, size)
     scale, factors = table_size(change, weight, size)
-    total = change * torch.nn.functional.embedding(index, weight.t())
+    total = change * torch.embedding(weight.t(), index)
     if not factors:
-        moved = torch.addcmul(logits.unsqueeze(-2), change.unsqueeze(-1), weight)  # [*N, D, C]
-        return total - (moved.logsumexp(-1) - logits.logsumexp(-1, keepdim=True))
-    p, growth = logits.softmax(-1), (weight if scale == 1.0 else scale * weight).exp()
-    up, down = torch.nn.functional.linear(p, growth), torch.nn.functional.linear(p, growth.reciprocal())
-    return total - torch.where(change > 0, up, down).log()
+        x, parts = logits.unsqueeze(-2), changes_in_parts(logits, change, weight)
+        moved = [torch.addcmul(x, a.unsqueeze(-1), w).logsumexp(-1) for a, w in parts]
+        return total - (torch.cat(moved, -1) - logits.logsumexp(-1, keepdim=True))
+    p, high = logits.softmax(-1), (weight if scale == 1.0 else scale * weight).exp()
+    low, high = (torch.nn.functional.linear(p, growth) for growth in (high.reciprocal(), high))
+    return total - torch.lerp(low, high, change.relu() / (scale or 1.0)).log_()
+
+
+def changes_in_parts(logits: Tensor, change: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """So many of the ``D`` changes and their weights at once that the logits after them do not take too much memory."""
+    large = weight.device.type != "cpu" or torch.compiler.is_compiling()  # memory, or kernels that write none of it
+    some = max((1 << (26 if large else 19)) // max(logits.numel(), 1), 1)
+    return list(zip(change.split(some, -1), weight.contiguous().split(some), strict=True))
 
 
 def table_size(change: Tensor, weight: Tensor, size: float | None) -> tuple[float, int]:
@@ -220,7 +175,8 @@ def table_size(change: Tensor, weight: Tensor, size: float | None) -> tuple[floa
         if low != size:
             return 0.0, 0
     bound, many = 0.9 * math.log(torch.finfo(weight.dtype).max), weight.shape[-1]
-    reach = size * float(torch.linalg.vector_norm(weight, math.inf))
+    low, high = weight.aminmax()
+    reach = size * max(-float(low), float(high))
     if not reach < bound / 4:  # or not a number
         return size, 0
     if reach * many > bound and size * float(weight.abs().sum(-1).max()) <= bound:

@@ -24,7 +24,7 @@ from scg.analysis.influence import Influence, Relation
 from scg.backends.batching import Batcher
 from scg.backends.change_levels import Level, largest, levels, positions, readers
 from scg.backends.linear_rows import Change, class_rows, linear_rows
-from scg.backends.recorder import compile_time, record_constant
+from scg.backends.recorder import active_recorder, compile_time, record_constant
 from scg.backends.reruns import evaluated_again
 from scg.backends.sample_dims import Batched, SampleDim, SampleDims, stop_gradient
 from scg.ir import CreditEdge, Dist, LogProb, Node, Op, Sample, TensorType
@@ -112,6 +112,8 @@ class SingleChanges:
         chunks = self._chunks()
         if len(chunks) <= 1:
             return self._sum(parts, None)
+        if (total := self._at_once(parts)) is not None:
+            return total
         rows = [part for part in parts if self.split not in part.level]
         total = torch.cat([self._sum(rows, chunk) for chunk in chunks], 1 + len(self.dims) + self.split)
         whole = [part for part in parts if self.split in part.level]
@@ -123,6 +125,15 @@ class SingleChanges:
         shares = [part.share(rows, part.level) for part in parts]
         return functools.reduce(torch.add, shares)
 
+    def _at_once(self, parts: Sequence[Part]) -> Tensor | None:
+        """The sum without chunks, where its values are small: of a rank-one update often only a product is wanted."""
+        recorder = active_recorder()
+        return None if recorder is None else recorder.within(self._budget, lambda: self._sum(parts, None))
+
+    @property
+    def _budget(self) -> int:
+        return CHUNK_BYTES.get(self.outcomes.device.type, CHUNK_BYTES_ELSEWHERE)
+
     def _chunks(self) -> list[range]:
         """The rows of the split dim that are evaluated together."""
 
@@ -133,9 +144,8 @@ class SingleChanges:
         rowed = {name: level for name, level in self.levels.items() if self.split in self.sizes.keys() - level}
         if not rowed:
             return []
-        budget = CHUNK_BYTES.get(self.outcomes.device.type, CHUNK_BYTES_ELSEWHERE)
         rows = self.sizes[self.split]
-        size = max(int(rows * budget / largest(self.run.graph, rowed, copies)), 1)
+        size = max(int(rows * self._budget / largest(self.run.graph, rowed, copies)), 1)
         return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

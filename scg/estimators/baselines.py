@@ -190,4 +190,4 @@ class RunningMean(nn.Module):
         mean = cost.mean(over, keepdim=True) if over else cost
         mean = mean.reshape(mean.shape[lead:])  # of size 1 along elements where the signal does not vary
         self.total.lerp_(mean.to(self.total.dtype), 1 - self.decay)
-        self.weight.mul_(self.decay).add_(1 - self.decay)
+        self.weight.lerp_(torch.ones_like(self.weight), 1 - self.decay)
