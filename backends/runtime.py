@@ -117,8 +117,8 @@ def log_ratio_of_bits(
     if many >= len(x):
         log_sum = log_product(*tables)
     else:
-        parts = zip(*(table.split(many) for table in tables), strict=True)
-        log_sum = functools.reduce(torch.add, [log_product(*part) for part in parts])
+        low, high, p, q = (table.split(many) for table in tables)
+        log_sum = functools.reduce(torch.add, map(log_product, low, high, p, q))
     return torch.sub(change * torch.nn.functional.linear(bits, weight), log_sum.view_as(change))
 
 
@@ -175,8 +175,7 @@ def table_size(change: Tensor, weight: Tensor, size: float | None) -> tuple[floa
         if low != size:
             return 0.0, 0
     bound, many = 0.9 * math.log(torch.finfo(weight.dtype).max), weight.shape[-1]
-    low, high = weight.aminmax()
-    reach = size * max(-float(low), float(high))
+    reach = size * max(abs(float(end)) for end in weight.aminmax())
     if not reach < bound / 4:  # or not a number
         return size, 0
     if reach * many > bound and size * float(weight.abs().sum(-1).max()) <= bound:

@@ -127,8 +127,8 @@ def test_a_few_large_weights_do_not_part_the_products(span: float) -> None:
 
 
 @pytest.mark.parametrize(("rows", "count"), [(0, 5), (1, 3), (7, 9), (1500, 46)])
-def test_four_factors_at_a_time(rows: int, count: int) -> None:
-    """Counts that four does not divide, and so many rows that not all factors are multiplied at once."""
+def test_factors_in_parts(rows: int, count: int) -> None:
+    """No rows, and so many that not all factors are multiplied at once."""
     logits, bits = torch.randn(rows, count), (torch.rand(rows, count) < 0.5).float()
     weight, change = torch.randn(64, count), torch.where(torch.rand(rows, 64) < 0.5, 1.0, -1.0)
     found = runtime.log_ratio_of_bits(logits, change, weight, bits, 1.0)

@@ -234,3 +234,17 @@ def test_a_probability_that_is_no_number_draws_none() -> None:
         assert 800 < compiled() < 1250
         logits[7] = float("nan")
         assert compiled().isnan()
+
+
+def test_constant_factors_are_multiplied_before_what_has_a_gradient() -> None:
+    logits = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
+
+    def model(a: Tensor, b: Tensor) -> Tensor:
+        z = Bernoulli(logits=logits).sample()
+        return (a * (b * logits)).sum() + z.sum()
+
+    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
+    compiled = scg.compile(model, estimator="enumerate", example_inputs=(a, b))
+    (found,) = torch.autograd.grad(compiled(a, b), [logits])
+    p = logits.detach().sigmoid()
+    torch.testing.assert_close(found, a * b + p * (1 - p))
