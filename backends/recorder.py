@@ -96,7 +96,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, fake_mode: FakeTensorMode, *, narrows: bool = False, eager: bool = False) -> None:
         super().__init__()
         self.eager = eager
-        """Whether the program runs call by call: draws that are comparisons are quicker there, and constants than numbers."""
+        """Whether the program runs call by call: comparisons draw faster there, and constants are made once."""
         self.narrowing = Narrowing(self._call) if narrows else None
         """Which tensors are expanded, where that is looked after."""
         self.fake_mode = fake_mode
