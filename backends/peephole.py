@@ -10,8 +10,7 @@ ones_like(scalar)    ->  a constant     likewise, and what its argument needed g
 t[[0, 1, …, n - 1]]  ->  t              every row in order, a view: the rows of an enumerated index
 x - zeros_like(x)    ->  x              a filled tensor is a number: a standard prior's mean and scale
 x - logsumexp(x)     ->  log_softmax(x)  one kernel, as categoricals normalise their logits
-where(c, x, 0.0)     ->  where(c, x, a constant)
-a * (b * x)          ->  (a * b) * x    where x alone has a gradient: it is multiplied once
+where(c, x, 0.0)     ->  where(c, x, a constant)      which eager code would make of the number at every step
 f(x, y).gather(0, i) ->  f(x.gather(0, i), y.gather(0, i))      of few elements: see `gathers`
 sum(bce(x, t), -1)   ->  -log_prob_of_bits(x, t)     for many rows of x without gradient: one exponential an element
 bernoulli(p)         ->  |ceil(p - rand)|  of many elements on a processor, where rand takes a third of the time
@@ -83,8 +82,6 @@ class Peephole:
         """Of results of elementwise calls: the function and its arguments."""
         self._cross_entropy: dict[int, tuple[Tensor, Tensor]] = {}
         """Logits and targets of the binary cross entropies without gradient."""
-        self._products: dict[int, tuple[Tensor, Tensor]] = {}
-        """What a tensor is the product of: one without gradient, and one with."""
         self._probabilities: set[int] = set()
         """Sigmoids: from 0 to 1 whatever the parameters are."""
 
@@ -116,9 +113,6 @@ class Peephole:
             self._probabilities.add(id(out))
         if name in ELEMENTWISE and not kwargs and (len(args) < 5 or args[2:] == (None, None, 0)):
             self._elementwise[id(out)] = (func, *args)
-        if name in ("mul", "__rmul__") and not kwargs and out.requires_grad and len(args) == 2:
-            if all(isinstance(arg, Tensor) for arg in args) and args[0].requires_grad != args[1].requires_grad:
-                self._products[id(out)] = args if args[1].requires_grad else args[::-1]
         if name == "expand":
             self._expanded[id(out)] = args[0]
         elif name == "addcmul" and len(args) == 3 and not out.requires_grad and _is_rank_one(*args):
@@ -149,7 +143,6 @@ class Peephole:
             self._rank_one,
             self._elementwise,
             self._cross_entropy,
-            self._products,
         ]
         for table in tables:
             for key, of in list(table.items()):
@@ -252,22 +245,6 @@ class Peephole:
         sides[numbers[0]] = self._table(torch.tensor, (sides[numbers[0]],), kept)
         return self._call(torch.where, condition, *sides)
 
-    def _factors_first(self, call: _Call) -> Tensor | None:
-        """``a * (b * x)`` as ``(a * b) * x`` where ``x`` alone has a gradient, which is multiplied once then."""
-        made = [self._products.get(id(arg)) for arg in call.args]
-        if call.kwargs or len(call.args) != 2 or (made[0] is None) == (made[1] is None):
-            return None
-        product = made[0] or made[1]
-        factor = call.args[0 if made[1] else 1]
-        assert product is not None
-        constant, x = product
-        if not isinstance(factor, Tensor) or factor.requires_grad or factor.dtype != x.dtype:
-            return None
-        shape = torch.broadcast_shapes(constant.shape, x.shape)
-        if torch.broadcast_shapes(factor.shape, shape) != shape or constant.shape != shape:
-            return None
-        return self._call(torch.mul, self._call(torch.mul, factor, constant), x)
-
     def _log_softmax(self, call: _Call) -> Tensor | None:
         if call.kwargs or len(call.args) != 2:
             return None
@@ -337,7 +314,7 @@ class Peephole:
         before = call(Tensor.squeeze, before, 0) if before.dim() == change.dim() else before
         lead = call(Tensor.movedim, call(Tensor.squeeze, change, -1), 0, -1)
         weight = call(Tensor.reshape, weight, (weight.shape[0], weight.shape[-1]))
-        grown = call(LOG_RATIO_OF_BITS, before, lead, weight, targets, None)
+        grown = call(LOG_RATIO_OF_BITS, before, lead, weight, targets)
         return call(torch.add, call(Tensor.movedim, grown, -1, 0), call(runtime.log_prob_of_bits, before, targets))
 
     def _of_gathered(self, call: _Call) -> Tensor | None:
@@ -409,8 +386,7 @@ _Rule = Callable[[Peephole, _Call], "Tensor | None"]
 _RULES: dict[str, tuple[_Rule, ...]] = {
     **dict.fromkeys(_FILLED, (Peephole._scalar_filled,)),
     **dict.fromkeys(("all", *_OF_ONE, *_OF_TWO), (Peephole._of_filled,)),
-    "add": (Peephole._of_filled, Peephole._opposite),
-    **dict.fromkeys(("mul", "__rmul__"), (Peephole._of_filled, Peephole._opposite, Peephole._factors_first)),
+    **dict.fromkeys(("add", "mul"), (Peephole._of_filled, Peephole._opposite)),
     "sub": (Peephole._of_filled, Peephole._log_softmax, Peephole._opposite),
     "neg": (Peephole._of_filled, Peephole._negated_twice),
     **dict.fromkeys(_NEGATIONS - {"neg"}, (Peephole._negated_twice,)),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
 import scg
-from scg.backends import runtime
+from scg.backends import runtime, single_changes
 from scg.estimators.hnca import HNCA
 
 N, D, J = 5, 4, 131
@@ -145,3 +145,21 @@ def test_weights_that_are_not_numbers_give_what_is_not_a_number() -> None:
     ):
         found = function(torch.zeros(3, 2), torch.ones(3, 2), weight, outcome, 1.0)
         assert found[:, 0].isnan().all() and found[:, 1].isfinite().all()
+
+
+def test_all_flips_are_one_call_where_what_is_recorded_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = nn.Linear(3, 4).double(), nn.Linear(4, 5).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+
+    def model(x: Tensor) -> Tensor:
+        z = scg.sample(Bernoulli(logits=first(x)), "z")
+        return -Bernoulli(logits=second(z)).log_prob((x[:, :1] > 0).double().expand(-1, 5)).sum(-1).mean()
+
+    found = []
+    for most, calls in ((500, 1), (100, 4)):  # bytes; the logits of all flips would take 960
+        monkeypatch.setitem(single_changes.CHUNK_BYTES, "cpu", most)
+        compiled = scg.compile(model, estimator="local_expectation", example_inputs=(x,))
+        assert str(compiled.code).split("def forward")[1].count("log_ratio_of_bits(") == calls
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(compiled(x), [first.weight, second.weight]))
+    torch.testing.assert_close(*found)

@@ -236,15 +236,17 @@ def test_a_probability_that_is_no_number_draws_none() -> None:
         assert compiled().isnan()
 
 
-def test_constant_factors_are_multiplied_before_what_has_a_gradient() -> None:
-    logits = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
+def test_a_number_chosen_where_a_condition_fails_is_a_constant_in_eager_code() -> None:
+    x = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
+    for number in (0.0, -3, float("inf")):
 
-    def model(a: Tensor, b: Tensor) -> Tensor:
-        z = Bernoulli(logits=logits).sample()
-        return (a * (b * logits)).sum() + z.sum()
+        def model(number: float = number) -> Tensor:
+            z = Bernoulli(logits=x).sample()
+            return torch.where(x > 0, x * x, number).clamp_max(5.0).sum() + z.sum()
 
-    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
-    compiled = scg.compile(model, estimator="enumerate", example_inputs=(a, b))
-    (found,) = torch.autograd.grad(compiled(a, b), [logits])
-    p = logits.detach().sigmoid()
-    torch.testing.assert_close(found, a * b + p * (1 - p))
+        compiled = scg.compile(model, estimator="enumerate", example_inputs=())
+        assert "torch.where(gt, mul, CONST" in str(compiled.code)
+        loss = compiled()
+        exact = torch.where(x > 0, x * x, number).clamp_max(5.0).sum() + x.sigmoid().sum()
+        torch.testing.assert_close(loss, exact)
+        torch.testing.assert_close(torch.autograd.grad(loss, [x]), torch.autograd.grad(exact, [x]))
