@@ -71,7 +71,7 @@ _RESERVED = set("torch F Tensor Any Callable Sequence annotations base64 functoo
 _HELPERS = (
     runtime.variable, runtime.input_gradient, runtime.input_gradients, runtime.weigh_path, runtime.refuse_gradient,
     runtime.loop_rows, runtime.call_opaque, runtime.log_prob_of_bits, runtime.log_ratio_of_bits,
-    runtime.log_ratio_of_class, runtime.changes_in_parts, runtime.table_size,
+    runtime.log_ratio_of_class, runtime.changes_in_parts, runtime.reach_of, runtime.factors_at_once,
 )  # fmt: skip
 
 

@@ -78,10 +78,10 @@ def log_ratio_of_bits(
 ) -> Tensor:
     r"""By how much `log_prob_of_bits` grows where ``change * weight`` is added to the logits, without gradient.
 
-    .. math:: a \sum_j b_j w_j - \log \prod_j \big(q_j + p_j e^{a w_j}\big)
+    .. math:: a \sum_j (b_j - \tfrac12) w_j - \sum_j \log \cosh \tfrac{w_j}2
+              - \log \Big|\prod_j \big(a + \tanh \tfrac{l_j}2 \tanh \tfrac{w_j}2\big)\Big|
 
-    Where all changes ``a`` are of one size, as those of bits are, ``exp(a w)`` is one of two tables of the weights, and
-    there is one logarithm for as many factors as cannot overflow.
+    for changes ``a`` of one size, as those of bits are, made 1 by the weights; else bit by bit.
 
     Args:
         logits: ``[*N, J]``.
@@ -97,29 +97,35 @@ def log_ratio_of_bits(
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             return log_ratio_of_bits(logits.to(dtype), change.to(dtype), weight.to(dtype), bits.to(dtype), size)
-    scale, many = table_size(change, weight, size)
+    scale, reach = reach_of(change, weight, size)
+    dtype, many = factors_at_once(weight.dtype, reach)
     if not many:
         x, parts = logits.unsqueeze(-2), changes_in_parts(logits, change, weight)
         moved = [log_prob_of_bits(torch.addcmul(x, a.unsqueeze(-1), w), bits.unsqueeze(-2)) for a, w in parts]
         return torch.cat(moved, -1) - log_prob_of_bits(logits, bits).unsqueeze(-1)
 
-    raised = change.contiguous().view(-1, change.shape[-1]).relu()  # [N, D], 0 or 1
-    raised, growth = (raised, weight) if scale in (0.0, 1.0) else (raised / scale, scale * weight)
-    growth = growth.t().contiguous().unsqueeze(1).exp()  # [J, 1, D]
+    sign = (change if scale == 1.0 else change / scale).reshape(-1, change.shape[-1]).to(dtype)  # [N, D]
     x = logits if change.dim() == logits.dim() else logits.expand(*change.shape[:-1], logits.shape[-1])
-    x = x.reshape(len(raised), logits.shape[-1]).t().unsqueeze(-1)  # [J, N, 1]
-    tables = growth.reciprocal(), growth, x.sigmoid(), x.neg().sigmoid_()
+    t = (x.reshape(len(sign), x.shape[-1]).t().to(dtype) * 0.5).tanh_().unsqueeze(-1)  # [J, N, 1]
+    w = (weight.t().to(dtype) * (0.5 * scale)).tanh_().unsqueeze(1)  # [J, 1, D]
+    one = sign.new_ones(())
+    rows = max((1 << 12) // max(sign.shape[-1], 1), 1)  # in a core's first cache
+    many = min(many, max((1 << 20) // max(sign[:rows].nbytes, 1), 1))  # and their factors in its own
 
-    def log_product(low: Tensor, high: Tensor, p: Tensor, q: Tensor) -> Tensor:
-        return torch.lerp(low, high, raised).mul_(p).add_(q).prod(0).log_()
+    def log_product(t: Tensor, w: Tensor) -> Tensor:
+        if len(sign) <= rows:
+            found = torch.addcmul(sign, t, w).prod(0)
+        else:
+            blocks = zip(sign.split(rows), t.split(rows, 1), strict=True)
+            found = torch.cat([torch.addcmul(a, of, w).prod(0) for a, of in blocks])
+        return found.abs_().mul_(torch.addcmul(one, w, w, value=-1).prod(0).rsqrt_()).log_()
 
-    many = min(many, max((1 << 20) // max(raised.numel(), 1), 1))  # in a cache
-    if many >= len(x):
-        log_sum = log_product(*tables)
-    else:
-        low, high, p, q = (table.split(many) for table in tables)
-        log_sum = functools.reduce(torch.add, map(log_product, low, high, p, q))
-    return torch.sub(change * torch.nn.functional.linear(bits, weight), log_sum.view_as(change))
+    log_sum = (
+        log_product(t, w)
+        if many >= len(t)
+        else functools.reduce(torch.add, map(log_product, t.split(many), w.split(many)))
+    )
+    return change * torch.nn.functional.linear(bits - 0.5, weight) - log_sum.to(weight.dtype).view_as(change)
 
 
 def log_ratio_of_class(
@@ -145,15 +151,15 @@ def log_ratio_of_class(
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
             return log_ratio_of_class(logits.to(dtype), change.to(dtype), weight.to(dtype), index, size)
-    scale, factors = table_size(change, weight, size)
+    scale, reach = reach_of(change, weight, size)
     total = change * torch.embedding(weight.t(), index)
-    if not factors:
+    if math.isinf(reach):
         x, parts = logits.unsqueeze(-2), changes_in_parts(logits, change, weight)
         moved = [torch.addcmul(x, a.unsqueeze(-1), w).logsumexp(-1) for a, w in parts]
         return total - (torch.cat(moved, -1) - logits.logsumexp(-1, keepdim=True))
     p, high = logits.softmax(-1), (weight if scale == 1.0 else scale * weight).exp()
     low, high = (torch.nn.functional.linear(p, growth) for growth in (high.reciprocal(), high))
-    return total - torch.lerp(low, high, change.relu() / (scale or 1.0)).log_()
+    return total - torch.lerp(low, high, change.relu() if scale == 1.0 else change.relu() / scale).log_()
 
 
 def changes_in_parts(logits: Tensor, change: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -163,24 +169,31 @@ def changes_in_parts(logits: Tensor, change: Tensor, weight: Tensor) -> list[tup
     return list(zip(change.split(some, -1), weight.contiguous().split(some), strict=True))
 
 
-def table_size(change: Tensor, weight: Tensor, size: float | None) -> tuple[float, int]:
-    """The absolute value of all changes, and how many factors ``exp(change * weight)`` can be multiplied.
+def reach_of(change: Tensor, weight: Tensor, size: float | None) -> tuple[float, float]:
+    """The absolute value of all changes, and the largest of ``change * weight``.
 
-    No factors where the changes are of several sizes, or too few; nor where to look at them would be to wait.
+    Infinite where the changes are of several sizes or none, or exponentials of their products might be; also where to
+    look at them would be to wait.
     """
     if weight.device.type != "cpu" or torch.compiler.is_compiling():
-        return 0.0, 0
+        return 0.0, math.inf
     if size is None:
         low, size = (float(bound) for bound in change.abs().aminmax())
         if low != size:
-            return 0.0, 0
-    bound, many = 0.9 * math.log(torch.finfo(weight.dtype).max), weight.shape[-1]
+            return 0.0, math.inf
     reach = size * max(abs(float(end)) for end in weight.aminmax())
-    if not reach < bound / 4:  # or not a number
-        return size, 0
-    if reach * many > bound and size * float(weight.abs().sum(-1).max()) <= bound:
-        return size, many  # most of them are smaller
-    return size, int(bound / max(reach, 1e-9))
+    return size, reach if size and reach <= 20 else math.inf  # it may be no number
+
+
+def factors_at_once(dtype: torch.dtype, reach: float) -> tuple[torch.dtype, int]:
+    """How many factors ``1 - tanh(x) tanh(reach / 2)`` can be multiplied, and in which precision; or none."""
+    if math.isinf(reach):
+        return dtype, 0
+    lost = (1 + math.exp(reach)) / 2  # of the precision, where the factor is smallest
+    if lost * torch.finfo(torch.float64).eps > max(torch.finfo(dtype).eps, 2e-12):
+        return dtype, 0
+    dtype = dtype if lost <= 256 else torch.float64
+    return dtype, int(0.9 * math.log(torch.finfo(dtype).max) / max(math.log(lost), 1e-9))
 
 
 def loop_rows(single: Callable[..., Any], tensors: Sequence[Tensor], axes: Sequence[int | None], rows: int) -> Any:

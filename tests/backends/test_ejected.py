@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal, VonMises
 
@@ -94,6 +95,19 @@ def test_the_same_gradients(name: str, estimator: str, samples: int, tmp_path: P
     problem = PROBLEMS[name]()
     compiled = scg.compile(problem.model, estimator=estimator, samples=samples, example_inputs=problem.calls[0])
     same(compiled, problem.calls[0], tmp_path)
+
+
+def test_likelihoods_below_bits(tmp_path: Path) -> None:
+    """Of the next layer's bits and of a class, in products of factors."""
+    first, second, last = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def model(x: Tensor, y: Tensor) -> Tensor:
+        z = scg.sample(Bernoulli(logits=second(scg.sample(Bernoulli(logits=first(x))))))
+        return F.cross_entropy(last(z), y, reduction="none").mean()
+
+    batch = (torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0]))
+    text = same(scg.compile(model, estimator="hnca", example_inputs=batch), batch, tmp_path)
+    assert "def log_ratio_of_bits" in text and "def log_ratio_of_class" in text
 
 
 class Names(nn.Module):
