@@ -10,7 +10,6 @@ ones_like(scalar)    ->  a constant     likewise, and what its argument needed g
 t[[0, 1, …, n - 1]]  ->  t              every row in order, a view: the rows of an enumerated index
 x - zeros_like(x)    ->  x              a filled tensor is a number: a standard prior's mean and scale
 x - logsumexp(x)     ->  log_softmax(x)  one kernel, as categoricals normalise their logits
-where(c, x, 0.0)     ->  where(c, x, a constant)      which eager code would make of the number at every step
 f(x, y).gather(0, i) ->  f(x.gather(0, i), y.gather(0, i))      of few elements: see `gathers`
 sum(bce(x, t), -1)   ->  -log_prob_of_bits(x, t)     for many rows of x without gradient: one exponential an element
 bernoulli(p)         ->  |ceil(p - rand)|  of many elements on a processor, where rand takes a third of the time
@@ -84,6 +83,8 @@ class Peephole:
         """Logits and targets of the binary cross entropies without gradient."""
         self._probabilities: set[int] = set()
         """Sigmoids: from 0 to 1 whatever the parameters are."""
+        self._sums: dict[int, Tensor] = {}
+        """What a tensor is a sum of, along some dims."""
 
     def simpler(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of an equal, simpler call; None where there is none."""
@@ -94,6 +95,10 @@ class Peephole:
         call = _Call(func, name, args, kwargs)
         found = (rule(self, call) for rule in _RULES.get(name, ()))
         return next((result for result in found if result is not None), None)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """What ``tensor`` is a sum of, along some dims; else itself."""
+        return self._sums.get(id(tensor), tensor)
 
     def recorded(self, func: Callable[..., Any], name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Takes note of a call."""
@@ -111,6 +116,8 @@ class Peephole:
                 self._filled[id(out)] = (args[0], number)
         if name == "sigmoid" or (name in _VIEWS and id(args[0]) in self._probabilities):
             self._probabilities.add(id(out))
+        if name == "sum" and args[0].dtype == out.dtype:
+            self._sums[id(out)] = args[0]
         if name in ELEMENTWISE and not kwargs and (len(args) < 5 or args[2:] == (None, None, 0)):
             self._elementwise[id(out)] = (func, *args)
         if name == "expand":
@@ -127,11 +134,14 @@ class Peephole:
     def forget(self, tensor: Tensor) -> None:
         """Takes note that ``tensor`` was written into."""
         memory = tensor.untyped_storage()._cdata
-        self._negated = {
-            key: of
-            for key, of in self._negated.items()
-            if key != id(tensor) and of.untyped_storage()._cdata != memory  # it may be a view of it
-        }
+        self._negated, self._sums = (
+            {
+                key: of
+                for key, of in table.items()
+                if key != id(tensor) and of.untyped_storage()._cdata != memory  # it may be a view of it
+            }
+            for table in (self._negated, self._sums)
+        )
         self._normalizers = {
             key: found for key, found in self._normalizers.items() if key != id(tensor) and found[0] is not tensor
         }
@@ -229,21 +239,6 @@ class Peephole:
             return None
         _, chosen, other = call.args
         return chosen if isinstance(chosen, Tensor) and isinstance(other, float) else None
-
-    def _where_number(self, call: _Call) -> Tensor | None:
-        """With a constant in the place of the number, which would be made into a tensor at every step."""
-        if call.kwargs or len(call.args) != 3 or not self._recorder.eager:
-            return None
-        condition, *sides = call.args
-        numbers = [i for i, side in enumerate(sides) if isinstance(side, (int, float))]
-        if len(numbers) != 1:
-            return None
-        other = sides[1 - numbers[0]]
-        if not isinstance(other, Tensor) or not other.is_floating_point():
-            return None
-        kept = {"dtype": other.dtype, "device": other.device}
-        sides[numbers[0]] = self._table(torch.tensor, (sides[numbers[0]],), kept)
-        return self._call(torch.where, condition, *sides)
 
     def _log_softmax(self, call: _Call) -> Tensor | None:
         if call.kwargs or len(call.args) != 2:
@@ -394,7 +389,7 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
     "mean": (Peephole._sum_of_negated,),
     "__getitem__": (Peephole._first_row, Peephole._all_rows),
     "logical_and": (Peephole._and_true,),
-    "where": (Peephole._where_true, Peephole._where_number),
+    "where": (Peephole._where_true,),
     "detach": (Peephole._without_gradient,),
     "gather": (Peephole._of_gathered,),
     **dict.fromkeys(("permute", "movedim"), (Peephole._unmoved,)),

@@ -58,7 +58,7 @@ _READABLE: dict[str, Callable[..., Any]] = {
 """Tensor methods written as Python operators in the generated code."""
 
 
-_BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 """Types of functions whose values are the same whatever has a gradient."""
 
 _PYTHON_METHODS = {func: name for name, func in vars(Tensor).items() if isinstance(func, types.FunctionType)}
@@ -113,7 +113,7 @@ class Recorder(TorchFunctionMode):
         """Ids of results that stand for more than one call."""
         self._constant_of: dict[int, Tensor] = {}
         self._placeholders: list[fx.Node] = []
-        self._peephole = Peephole(self)
+        self.peephole = Peephole(self)
         self.externals: dict[int, str] = {}
         """Names of real tensors that are to become arguments when they are first met (estimator state), by id."""
         self.met: list[Tensor] = []
@@ -241,7 +241,7 @@ class Recorder(TorchFunctionMode):
             flat = [self._stopped(a) if isinstance(a, Tensor) else a for a in flat]
         args, kwargs = tree_unflatten(flat, spec)
         name = _function_name(func)
-        if (simpler := self._peephole.simpler(func, name, args, kwargs)) is not None:
+        if (simpler := self.peephole.simpler(func, name, args, kwargs)) is not None:
             return simpler
         in_place = name.endswith("_") and not name.endswith("__")
         key = None if in_place or name in _RANDOM or not _is_shared(func) else self._key(func, flat, spec)
@@ -269,7 +269,7 @@ class Recorder(TorchFunctionMode):
             return out
         node.meta["effect"] = getattr(func, "effect", False) or (name == "batch_norm" and bool(args[5]))
         out = self._track_all(out, node)
-        self._peephole.recorded(func, name, args, kwargs, out)
+        self.peephole.recorded(func, name, args, kwargs, out)
         if key is not None:
             self._shared[key] = out
         if name == "detach":
@@ -297,7 +297,7 @@ class Recorder(TorchFunctionMode):
     def _forget(self, tensor: Tensor) -> None:
         """Takes note that ``tensor`` was written into: it is no longer the result of the call that made it."""
         self._shared = {key: out for key, out in self._shared.items() if out is not tensor}
-        self._peephole.forget(tensor)
+        self.peephole.forget(tensor)
 
     def _stopped(self, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
@@ -322,7 +322,7 @@ class Recorder(TorchFunctionMode):
 
     def _made_with_gradient(self, func: Callable[..., Any], flat: list[Any], spec: Any) -> Tensor | None:
         """The result of an equal call on what its arguments are detached from: its value is the same."""
-        if not isinstance(func, _BUILT_IN) or any(isinstance(item, Tensor) and item.requires_grad for item in flat):
+        if not isinstance(func, BUILT_IN) or any(isinstance(item, Tensor) and item.requires_grad for item in flat):
             return None
         sources = [self._detached.get(self.node(item), item) if isinstance(item, Tensor) else item for item in flat]
         if all(source is item for source, item in zip(sources, flat, strict=True)):
@@ -399,6 +399,12 @@ def narrowest(tensor: Tensor) -> Tensor:
     """What ``tensor`` is known to be an expansion of, in a program that looks after it; else itself."""
     recorder = active_recorder()
     return tensor if recorder is None or recorder.narrowing is None else recorder.narrowing(tensor)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """What ``tensor`` is known to be a sum of, along some dims; else itself."""
+    recorder = active_recorder()
+    return tensor if recorder is None else recorder.peephole.summed(tensor)
 
 
 def record_constant(make: Callable[[], Tensor]) -> Tensor:

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scg.backends.recorder import summed
+
 MANY = 4
 """From how many parts on they are joined before they are summed."""
+
+SMALL = 1 << 13
+"""Elements up to which a part is quicker joined as it is than summed along some dims first."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,10 @@ def total_of(parts: Sequence[Weighted]) -> Tensor | None:
     total: Tensor | None = None
     for factor, tensors in groups.items():
         if len(tensors) >= MANY:
-            tensors = [torch.cat([tensor.reshape(-1) for tensor in tensors])]
-        value = functools.reduce(torch.add, [tensor.sum() if tensor.dim() else tensor for tensor in tensors])
+            whole = [summed(tensor) for tensor in tensors]
+            small = [tensor if of.numel() > SMALL else of for tensor, of in zip(tensors, whole, strict=True)]
+            tensors = [torch.cat([tensor.reshape(-1) for tensor in small])]
+        value = functools.reduce(torch.add, [summed(tensor).sum() if tensor.dim() else tensor for tensor in tensors])
         value = value if factor == 1.0 else value * factor
         total = value if total is None else total + value
     return total

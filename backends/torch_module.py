@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +22,16 @@ from scg.backends.stacking import stack_slices
 from scg.errors import LoweringError
 from scg.interception import intercept_functions
 from scg.ir import Graph, Input, Marginal, Node, Opaque, Param, Ref, Sample, map_refs, map_tensors
+
+
+class Traits(NamedTuple):
+    """Of the tensor that a call of a program makes, under ``meta["traits"]``."""
+
+    dtype: torch.dtype
+    on_cpu: bool
+    numel: int
+    learns: bool
+    """Whether it has a gradient."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,8 @@ def build(
     if narrows:
         stack_slices(recorder.graph)
     for node in recorder.graph.nodes:
-        node.meta.pop("fake", None)
+        if isinstance(fake := node.meta.pop("fake", None), Tensor):
+            node.meta["traits"] = Traits(fake.dtype, fake.device.type == "cpu", fake.numel(), fake.requires_grad)
     root = nn.Module()
     for name, tensor in recorder.constants.items():
         root.register_buffer(name, tensor, persistent=False)

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from scg.analysis.influence import shared_ranges
 from scg.backends import torch_module
 from scg.backends.any_batch import Differs, any_batch
+from scg.backends.call_by_call import call_by_call
 from scg.capture import Captured, captured
 from scg.errors import EstimatorError, LoweringError, RetraceWarning
 from scg.estimators import get_estimator
@@ -221,9 +222,10 @@ class CompiledModule(nn.Module):
     def _bind(
         self, graph: Graph, program: torch_module.Program, history: History = (), *, any_batch: bool = False
     ) -> _Bound:
-        run = program.module.forward
         if self.options.backend == "inductor":
             run = torch_module.compile_inductor(graph, program, any_batch)
+        else:
+            run = call_by_call(program, any_batch=any_batch)
         tables = [self._table(path) for path in program.captured]
         assert self._captured is not None
         return _Bound(graph, program, run, tuple(tables), self._captured, history)

@@ -236,17 +236,25 @@ def test_a_probability_that_is_no_number_draws_none() -> None:
         assert compiled().isnan()
 
 
-def test_a_number_chosen_where_a_condition_fails_is_a_constant_in_eager_code() -> None:
-    x = nn.Parameter(torch.tensor([0.5, -1.0, 2.0]))
-    for number in (0.0, -3, float("inf")):
+@pytest.mark.parametrize("sites", [1, 6])
+def test_score_terms_are_summed_once(sites: int) -> None:
+    weight = nn.Parameter(torch.randn(sites, 5))
 
-        def model(number: float = number) -> Tensor:
-            z = Bernoulli(logits=x).sample()
-            return torch.where(x > 0, x * x, number).clamp_max(5.0).sum() + z.sum()
+    def model() -> Tensor:
+        return torch.stack([(Bernoulli(logits=row).sample() ** 2).sum() for row in weight]).prod()
 
-        compiled = scg.compile(model, estimator="enumerate", example_inputs=())
-        assert "torch.where(gt, mul, CONST" in str(compiled.code)
-        loss = compiled()
-        exact = torch.where(x > 0, x * x, number).clamp_max(5.0).sum() + x.sigmoid().sum()
-        torch.testing.assert_close(loss, exact)
-        torch.testing.assert_close(torch.autograd.grad(loss, [x]), torch.autograd.grad(exact, [x]))
+    code = _code(model, estimator="score_function", samples=2)
+    terms = [line for line in code.splitlines() if "_term" in line.split("=")[0]]
+    assert terms and not [line for line in terms if "sum(" in line]
+    assert len(re.findall(r"\bloss\w* = \w+\.sum\(\)", code)) == 1
+
+
+def test_a_sum_of_what_was_written_into_stays() -> None:
+    recorder = Recorder(FakeTensorMode())
+    x = recorder.placeholder("x", torch.ones(3, 4))
+    with recorder.fake_mode, recorder:
+        for whole in (x * 2, (x * 2).t()):
+            total = whole.sum(0)
+            assert recorder.peephole.summed(total) is whole
+            (whole if whole.is_contiguous() else whole.t()).add_(1)
+            assert recorder.peephole.summed(total) is total
